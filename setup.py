@@ -36,11 +36,12 @@ TORCH_TARGET = "0x020b000000000000"  # symbols of torch 2.11 and no newer ones
 CUDA_ARCHITECTURES = ("sm_80", "sm_90", "compute_90")
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 header
 # Every `cpu_kernels.cpp` is compiled once per instruction set; the level is chosen at run time (csrc/common/isa.h).
-ISA_FLAGS = {"scalar": []}
+ISA_FLAGS = {"scalar": ["-DDK_VEC_LEVEL=0"]}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx2"] = ["-DDK_VEC_LEVEL=2", "-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = ["-DDK_VEC_LEVEL=512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 
 
@@ -120,6 +121,7 @@ class Plan:
 
     def __init__(self, work: Path, torch_include: list[Path]) -> None:
         self.work = work
+        self.torch_include = torch_include
         self.torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in torch_include)]
         self.include_flags = [f"-I{ROOT / 'csrc'}", f"-ffile-prefix-map={ROOT}=."]
 
@@ -142,7 +144,7 @@ class Plan:
             virtual = architecture.replace("sm_", "compute_")
             generate += ["-gencode", f"arch={virtual},code={architecture}"]
         flags = [*NVCC_FLAGS, *generate, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{ROOT / 'csrc'}"]
-        flags += [flag.replace("-isystem", "-isystem=") for flag in self.torch_flags if flag.startswith("-isystem")]
+        flags += [f"-isystem={path}" for path in self.torch_include]
         for source in sorted((ROOT / "csrc").glob("*/cuda.cu")):
             target = self._object(source, "")
             command = [nvcc, *flags, "-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
@@ -195,6 +197,9 @@ def run_steps(libraries: list[NativeLibrary], work: Path) -> None:
     steps = [step for library in libraries for step in library.steps()]
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
+    for library in libraries:  # a library of an earlier build must not pass for this one's
+        if library.link:
+            library.link.output.unlink(missing_ok=True)
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if ninja:
         subprocess.run([ninja, "-k", "0", "-C", str(work), "-f", str(write_ninja(steps, work))], check=False)
@@ -210,6 +215,7 @@ def write_ninja(steps: list[Step], work: Path) -> Path:
     lines = ["ninja_required_version = 1.5"]
     for number, step in enumerate(steps):
         lines += [f"rule step{number}", f"  command = {shlex.join(step.command).replace('$', '$$')}"]
+        lines += [f"  description = {step.output.name} <- {', '.join(path.name for path in step.inputs)}"]
         if step.makes_depfile:
             lines += [f"  depfile = {step.output}.d", "  deps = gcc"]
         lines += [f"build {escape(step.output)}: step{number} {' '.join(escape(path) for path in step.inputs)}"]
