@@ -1,0 +1,46 @@
+"""Pictures <-> latents: a Stable Diffusion VAE, or nothing at all for small pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+
+class IdentityCodec(nn.Module):
+    """Diffusion directly on pixels in [-1, 1]: the latent is the picture."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+
+Codec = AutoencoderKL | IdentityCodec
+
+
+def build_codec(config: dict[str, Any]) -> Codec:
+    """Builds the codec that `config` (diffusers' JSON, or that of `IdentityCodec`) describes."""
+    if config.get("_class_name") == "IdentityCodec":
+        return IdentityCodec(config["channels"])
+    return AutoencoderKL.from_config(config)
+
+
+def encode_pictures(codec: Codec, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels [N, C, H, W] in [-1, 1] -> scaled latents; a sample of the VAE's posterior, as in the original's training."""
+    if isinstance(codec, IdentityCodec):
+        return pixels
+    posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator, device=pixels.device, dtype=torch.float32)
+    return (posterior.mean.float() + posterior.std.float() * noise) * codec.config.scaling_factor
+
+
+def decode_latents(codec: Codec, latents: Tensor) -> Tensor:
+    """Scaled latents -> pictures [N, C, H, W] in [0, 1], float32."""
+    pixels = latents if isinstance(codec, IdentityCodec) else _decode(codec, latents)
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample

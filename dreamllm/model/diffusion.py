@@ -1,0 +1,125 @@
+"""The diffusion side of training: forward process, targets and weights, in float32 (spec A.7, A.9)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamllm.model.configuration import DreamLLMConfig
+
+
+@dataclass
+class DiffusionDraws:
+    """The random numbers of one diffusion loss over M pictures.
+
+    `timesteps` int64 [M]; `noise` float32, shape of the latents (with the noise offset already added);
+    `perturbation` the same shape or None; `keep_condition` bool [M] or None, False where the condition is dropped.
+    """
+
+    timesteps: Tensor
+    noise: Tensor
+    perturbation: Tensor | None = None
+    keep_condition: Tensor | None = None
+
+
+def draw_diffusion(
+    config: DreamLLMConfig, latent_shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
+) -> DiffusionDraws:
+    """Draws what `diffusion_loss` needs, always in the same order: condition dropout, timesteps, noise, extras."""
+
+    def randn(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    count, channels = latent_shape[:2]
+    keep = None
+    if config.condition_dropout > 0:
+        keep = torch.rand(count, generator=generator, device=device) >= config.condition_dropout
+    steps = config.scheduler_config.get("num_train_timesteps", 1000)
+    timesteps = torch.randint(0, steps, (count,), generator=generator, device=device)
+    noise = randn(latent_shape)
+    if config.noise_offset:
+        noise = noise + config.noise_offset * randn((count, channels, 1, 1))
+    perturbation = randn(latent_shape) if config.input_perturbation else None
+    return DiffusionDraws(timesteps, noise, perturbation, keep)
+
+
+class NoiseSchedule:
+    """The cumulative product of alphas of a diffusers scheduler configuration, kept in float32 on each device used.
+
+    With `table_dtype` other than float32 the table is rounded to it first, as the original program does in bf16
+    (compat="original"; it makes the first two timesteps noiseless).
+    """
+
+    def __init__(self, scheduler_config: dict[str, Any]) -> None:
+        self.prediction_type: str = scheduler_config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {self.prediction_type!r}")
+        self._alphas_cumprod = torch.cumprod(1.0 - _betas(scheduler_config), dim=0)
+        self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def alphas_cumprod(self, device: torch.device, table_dtype: torch.dtype = torch.float32) -> Tensor:
+        key = (device, table_dtype)
+        if key not in self._on:
+            self._on[key] = self._alphas_cumprod.to(table_dtype).float().to(device)
+        return self._on[key]
+
+    def coefficients(self, timesteps: Tensor, dims: int, table_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Signal and noise amplitudes sqrt(a_t), sqrt(1 - a_t), shaped [M, 1, ...] with `dims` dimensions."""
+        alphas = self.alphas_cumprod(timesteps.device, table_dtype)[timesteps].view(-1, *[1] * (dims - 1))
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+def _betas(config: dict[str, Any]) -> Tensor:
+    steps = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    schedule = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    if schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    if schedule == "squaredcos_cap_v2":
+        curve = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
+        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(curve, curve[1:], strict=False)])
+    raise ValueError(f"beta_schedule {schedule!r} is not supported (scaled_linear, linear, squaredcos_cap_v2)")
+
+
+def diffusion_loss(
+    config: DreamLLMConfig,
+    schedule: NoiseSchedule,
+    unet: torch.nn.Module,
+    latents: Tensor,
+    condition: Tensor,
+    draws: DiffusionDraws,
+) -> Tensor:
+    """Mean squared error of the UNet's prediction over all elements and pictures, a float32 scalar.
+
+    latents [M, C, h, w]; condition [M, Q, cross-attention width]. The gradient reaches `condition` through the UNet.
+    With `snr_gamma`, each picture's error is weighted by min(SNR, gamma) / SNR, for v-prediction by
+    min(SNR, gamma) / (SNR + 1) (Hang et al. 2023, section 3.4).
+    """
+    latents = latents.float()
+    table_dtype = unet.dtype if config.compat == "original" else torch.float32
+    signal, sigma = schedule.coefficients(draws.timesteps, latents.ndim, table_dtype)
+    noise_in = draws.noise
+    if draws.perturbation is not None:
+        noise_in = noise_in + config.input_perturbation * draws.perturbation
+    noisy = signal * latents + sigma * noise_in
+    predicted = unet(noisy.to(unet.dtype), draws.timesteps, condition.to(unet.dtype)).sample.float()
+    velocity = schedule.prediction_type == "v_prediction"
+    target = signal * draws.noise - sigma * latents if velocity else draws.noise
+    if config.snr_gamma is None:
+        return F.mse_loss(predicted, target)
+    error = (predicted - target).square().flatten(1).mean(1)
+    snr = (signal / sigma).square().flatten()
+    if velocity and config.compat == "original":
+        snr = snr + 1  # the original adds one before clamping, which clamps earlier than the paper's formula
+        return (error * snr.clamp(max=config.snr_gamma) / snr).mean()
+    weight = snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
+    return (error * weight).mean()

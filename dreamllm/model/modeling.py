@@ -1,0 +1,439 @@
+"""DreamLLM: a causal language model that reads CLIP features and writes conditions for a diffusion UNet.
+
+Tensor name suffixes: B batch, T tokens, S sequences, N input pictures, M created pictures, P patches per picture,
+Q dream queries, H hidden width, C condition width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from dreamkernels.ops import splice_embeddings
+from dreamllm.documents.batch import PackedBatch
+from dreamllm.documents.layout import IGNORE_INDEX
+from dreamllm.model.attention import ATTENTION_NAME, PackedLayout
+from dreamllm.model.codec import build_codec, encode_pictures
+from dreamllm.model.configuration import DreamLLMConfig
+from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion
+from dreamllm.model.projector import Projector
+from dreamllm.model.slots import SlotIndex, find_slots
+from dreamllm.model.weights import CheckpointError
+
+QUERY_INIT_STD = 0.02
+
+PARAMETER_GROUPS = (
+    "language_model",
+    "embeddings",
+    "lm_head",
+    "visual_projector",
+    "dream_queries",
+    "condition_projector",
+    "vision_model",
+    "unet",
+    "vae",
+)
+"""What `set_trainable` can switch. "language_model" is the decoder's layers without embeddings and head."""
+
+
+@dataclass
+class DreamLLMOutput(ModelOutput):
+    """`loss` and its parts (float32 scalars), `logits` [B, T, vocabulary], `past_key_values`.
+
+    `num_loss_tokens` and `num_pictures` count what the two losses average over.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    lm_loss: Tensor | None = None
+    vm_loss: Tensor | None = None
+    hidden_states: Tensor | None = None
+    num_loss_tokens: int | None = None
+    num_pictures: int | None = None
+
+
+class DreamLLM(PreTrainedModel, GenerationMixin):
+    """The model. `forward` is the Hugging Face interface on padded batches; `forward_packed` is what training uses."""
+
+    config_class = DreamLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
+
+    def __init__(self, config: DreamLLMConfig) -> None:
+        super().__init__(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.visual_projector = Projector(
+            config.vision_config.hidden_size,
+            config.hidden_size,
+            config.visual_projector,
+            config.visual_projector_depth,
+            norm=config.visual_projector_norm,
+        )
+        self.dream_queries = nn.Parameter(torch.empty(config.num_dream_queries, config.hidden_size))
+        self.condition_projector = Projector(
+            config.hidden_size,
+            config.condition_size,
+            config.condition_projector,
+            config.condition_projector_depth,
+            bias=False,
+        )
+        self.unet = UNet2DConditionModel.from_config(config.unet_config)
+        self.vae = build_codec(config.vae_config)
+        self.schedule = NoiseSchedule(config.scheduler_config)
+        self.layout = config.layout()
+        self.post_init()
+        self._use_packed_attention()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Everything else keeps its library's own initialisation (the projectors PyTorch's, as in the original).
+        if module is self and not getattr(self.dream_queries, "_is_hf_initialized", False):
+            nn.init.normal_(self.dream_queries, std=QUERY_INIT_STD)
+
+    def _use_packed_attention(self) -> None:
+        decoder = self.language_model
+        self.packs_attention = bool(getattr(decoder, "_supports_attention_backend", False))
+        if self.packs_attention and decoder.config._attn_implementation == "sdpa":
+            decoder.set_attn_implementation(ATTENTION_NAME)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> DreamLLM:
+        """Loads a model saved by `save_pretrained`.
+
+        Takes transformers' arguments (dtype, device_map, ...). Unlike transformers' own, a missing, mis-shaped or
+        unexpected tensor is a `CheckpointError` that names it with expected and found shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # so that all are found and named, not only the first
+        source = str(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"{source} holds a truncated or corrupt weight file: {error}") from error
+        problems = [f"missing: {name} {list(model.get_parameter(name).shape)}" for name in sorted(info["missing_keys"])]
+        problems += [
+            f"wrong shape: {name}, expected {list(expected)}, found {list(found)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ]
+        problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
+        if problems:
+            raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:20]))
+        return (model, info) if wants_info else model
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head: inputs_embeds -> states after the final norm."""
+        return self.language_model.get_decoder()
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by group; every parameter is in exactly one."""
+        embeddings = list(self.get_input_embeddings().parameters())
+        head = list(self.get_output_embeddings().parameters())
+        if self.config.tie_word_embeddings:
+            head = []
+        apart = {id(p) for p in [*embeddings, *head]}
+        return {
+            "language_model": [p for p in self.language_model.parameters() if id(p) not in apart],
+            "embeddings": embeddings,
+            "lm_head": head,
+            "visual_projector": list(self.visual_projector.parameters()),
+            "dream_queries": [self.dream_queries],
+            "condition_projector": list(self.condition_projector.parameters()),
+            "vision_model": list(self.vision_model.parameters()),
+            "unet": list(self.unet.parameters()),
+            "vae": list(self.vae.parameters()),
+        }
+
+    def set_trainable(self, groups: set[str]) -> None:
+        """Makes exactly the parameters of `groups` require a gradient. Raises `ValueError` for an unknown group."""
+        unknown = groups - set(PARAMETER_GROUPS)
+        if unknown:
+            raise ValueError(f"unknown parameter groups {sorted(unknown)}; known: {', '.join(PARAMETER_GROUPS)}")
+        for name, parameters in self.parameter_groups().items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in groups)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """CLIP pixel values [N, 3, h, w] -> projected features [N, P, H]."""
+        size = self.config.vision_config.image_size
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(f"pixel_values must be [N, 3, {size}, {size}], not {list(pixel_values.shape)}")
+        states = self.vision_model(pixel_values.to(self.vision_model.dtype), output_hidden_states=True).hidden_states
+        return self.visual_projector(states[self.config.select_layer][:, 1:])
+
+    def project_condition(self, dream_states: Tensor) -> Tensor:
+        """States at the dream queries [M, Q, H] -> the UNet's condition [M, Q, C]."""
+        return self.condition_projector(dream_states)
+
+    def embed(self, input_ids: Tensor, splice_index: Tensor, image_features: Tensor | None) -> Tensor:
+        """Token embeddings [T, H] with image features and dream queries placed by `splice_index` [T]."""
+        tokens = self.get_input_embeddings()(input_ids)
+        sources = [self.dream_queries] if image_features is None else [image_features.flatten(0, 1), self.dream_queries]
+        return splice_embeddings(tokens, [s.to(tokens.dtype) for s in sources], splice_index)
+
+    # -- packed: training and conditions ------------------------------------------------------------------------------
+
+    def states_packed(self, batch: PackedBatch) -> Tensor:
+        """Final states [T, H] of a packed batch; sequences do not see each other."""
+        features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
+        embeds_TH = self.embed(batch.input_ids, batch.splice_index, features)
+        layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
+        if self.packs_attention:
+            one = embeds_TH.new_ones(1, 1, 1, 1)  # a 4-D mask tells transformers that ours is not to be built
+            states = self.decoder(
+                inputs_embeds=embeds_TH[None],
+                attention_mask=one,
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_layout=layout,
+            )
+            return states.last_hidden_state[0]
+        # A decoder without the attention interface runs on the grid; causality keeps the padding out.
+        states = self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False)
+        return layout.scatter(states.last_hidden_state)
+
+    def forward_packed(
+        self,
+        batch: PackedBatch,
+        generator: torch.Generator | None = None,
+        draws: DiffusionDraws | None = None,
+        target_latents: Tensor | None = None,
+    ) -> DreamLLMOutput:
+        """Losses of a packed batch, without logits and without a host synchronisation.
+
+        `generator` draws the diffusion's random numbers; `draws` and `target_latents` (scaled, [M, C, h, w]) replace
+        them. Raises `ValueError` when the dream slots do not match the target pictures.
+        """
+        states_TH = self.states_packed(batch)
+        lm_loss = self._lm_loss(states_TH[batch.loss_positions], batch.loss_targets)
+        vm_loss = None
+        count = batch.dream_positions.shape[0]
+        if count:
+            null_QH = None if batch.null_positions is None else states_TH[batch.null_positions]
+            latents = self._latents(batch.target_pixel_values, target_latents, count, generator)
+            vm_loss = self._vm_loss(states_TH[batch.dream_positions], latents, null_QH, generator, draws)
+        return DreamLLMOutput(
+            loss=self._total_loss(lm_loss, vm_loss),
+            lm_loss=lm_loss,
+            vm_loss=vm_loss,
+            num_loss_tokens=batch.loss_targets.numel(),
+            num_pictures=count,
+        )
+
+    def dream_states_packed(self, batch: PackedBatch) -> Tensor:
+        """States at the dream queries of a packed batch, [M, Q, H], before the condition projector."""
+        return self.states_packed(batch)[batch.dream_positions]
+
+    # -- losses --------------------------------------------------------------------------------------------------------
+
+    def _lm_loss(self, states_KH: Tensor, targets_K: Tensor) -> Tensor:
+        if targets_K.numel() == 0:
+            return states_KH.float().sum()
+        return F.cross_entropy(self.get_output_embeddings()(states_KH).float(), targets_K)
+
+    def _latents(
+        self, pixels: Tensor | None, latents: Tensor | None, slots: int, generator: torch.Generator | None
+    ) -> Tensor:
+        given = latents if latents is not None else pixels
+        if given is None or given.shape[0] != slots:
+            found = 0 if given is None else given.shape[0]
+            raise ValueError(f"{slots} dream slots but {found} target pictures; they must match one to one")
+        if latents is not None:
+            return latents
+        with torch.no_grad():
+            return encode_pictures(self.vae, given, generator)
+
+    def _vm_loss(
+        self,
+        states_MQH: Tensor,
+        latents: Tensor,
+        null_QH: Tensor | None,
+        generator: torch.Generator | None,
+        draws: DiffusionDraws | None,
+    ) -> Tensor:
+        if draws is None:
+            draws = draw_diffusion(self.config, tuple(latents.shape), latents.device, generator)
+        if draws.keep_condition is not None:
+            if null_QH is None:
+                raise ValueError("condition_dropout needs the empty prompt in the batch: pack it with with_null=True")
+            states_MQH = torch.where(draws.keep_condition[:, None, None], states_MQH, null_QH)
+        condition_MQC = self.project_condition(states_MQH)
+        return diffusion_loss(self.config, self.schedule, self.unet, latents, condition_MQC, draws)
+
+    def _total_loss(self, lm_loss: Tensor | None, vm_loss: Tensor | None) -> Tensor | None:
+        w_lm, w_vm = self.config.loss_weight_lm, self.config.loss_weight_vm
+        scale = {"none": 1.0, "l1_norm": w_lm + w_vm, "l2_norm": (w_lm**2 + w_vm**2) ** 0.5}
+        terms = [w * loss for w, loss in ((w_lm, lm_loss), (w_vm, vm_loss)) if loss is not None and w]
+        return sum(terms) / scale[self.config.loss_scale_schedule] if terms else None
+
+    # -- padded: the Hugging Face interface -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        target_pixel_values: Tensor | None = None,
+        target_latents: Tensor | None = None,
+        draws: DiffusionDraws | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> DreamLLMOutput:
+        """Logits, and with `labels` or targets the losses, of a padded batch [B, T].
+
+        `pixel_values` [N, 3, h, w] fill the `<im_start>` slots in reading order, `target_pixel_values` [M, C, H, W] in
+        [-1, 1] (or `target_latents`) are what the `<dream_start>` slots shall create. Positions count real tokens, so
+        padding on either side changes nothing. Raises `ValueError` for ids outside the vocabulary (CPU), slots that do
+        not match the pictures, and input longer than the context.
+        """
+        slots = None
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            slots = find_slots(input_ids, self.layout, past_key_values is None or _is_empty(past_key_values))
+            if slots is not None:
+                with_targets = target_pixel_values is not None or target_latents is not None
+                inputs_embeds = self._embed_slots(input_ids, slots, pixel_values, with_targets)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = self._positions(attention_mask, (input_ids if input_ids is not None else inputs_embeds).shape[1])
+        outputs = self.decoder(
+            input_ids=input_ids if inputs_embeds is None else None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states_BTH = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_output_embeddings()(states_BTH[:, kept])
+        lm_loss = None if labels is None else self._padded_lm_loss(states_BTH, labels)
+        vm_loss = None
+        if target_pixel_values is not None or target_latents is not None:
+            vm_loss = self._padded_vm_loss(
+                states_BTH, slots, target_pixel_values, target_latents, generator, draws
+            )
+        return DreamLLMOutput(
+            loss=self._total_loss(lm_loss, vm_loss),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            lm_loss=lm_loss,
+            vm_loss=vm_loss,
+            hidden_states=states_BTH if kwargs.get("output_hidden_states") else None,
+        )
+
+    def _check_ids(self, input_ids: Tensor | None) -> None:
+        if input_ids is None:
+            raise ValueError("input_ids or inputs_embeds must be given")
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input ids must lie in [0, {self.config.vocab_size}); found {low.item()} to {high.item()}"
+                )
+
+    def _embed_slots(
+        self, input_ids: Tensor, slots: SlotIndex, pixel_values: Tensor | None, with_targets: bool
+    ) -> Tensor:
+        found = 0 if pixel_values is None else pixel_values.shape[0]
+        original = self.config.compat == "original"
+        if slots.num_images != found and not (original and found < slots.num_images):
+            raise ValueError(f"{slots.num_images} image slots but {found} pictures; they must match one to one")
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        index = slots.splice_index(
+            images=found,
+            queries=with_targets or not original,  # the original leaves the queries out unless targets are given
+        )
+        return self.embed(input_ids.flatten(), index, features).unflatten(0, input_ids.shape)
+
+    def _positions(self, attention_mask: Tensor, length: int) -> Tensor | None:
+        if self.config.compat == "original":
+            return None
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+    def _padded_lm_loss(self, states_BTH: Tensor, labels: Tensor) -> Tensor:
+        targets = labels[:, 1:]
+        learned = targets != IGNORE_INDEX
+        return self._lm_loss(states_BTH[:, :-1][learned], targets[learned])
+
+    def _padded_vm_loss(
+        self,
+        states_BTH: Tensor,
+        slots: SlotIndex | None,
+        pixels: Tensor | None,
+        latents: Tensor | None,
+        generator: torch.Generator | None,
+        draws: DiffusionDraws | None,
+    ) -> Tensor:
+        if slots is None:
+            raise ValueError("target pictures need input_ids, so that their dream slots can be found")
+        positions = slots.dream_positions()
+        given = latents if latents is not None else pixels
+        if self.config.compat == "original":  # surplus slots are silently dropped there
+            positions = positions[: given.shape[0]]
+        latents = self._latents(pixels, latents, positions.shape[0], generator)
+        needs_null = self.config.condition_dropout > 0 or (draws is not None and draws.keep_condition is not None)
+        null_QH = self._null_states() if needs_null else None
+        return self._vm_loss(states_BTH.flatten(0, 1)[positions], latents, null_QH, generator, draws)
+
+    def _null_states(self) -> Tensor:
+        """States at the dream queries after the empty prompt, [Q, H]."""
+        layout = self.layout
+        ids = torch.tensor([layout.bos, *layout.dream_ids(), layout.eos], device=self.device)
+        index = torch.full_like(ids, -1)
+        if self.config.compat != "original":  # the original forgets to place the queries here
+            index[2:-2] = torch.arange(layout.num_dream_queries, device=self.device)
+        states = self.decoder(inputs_embeds=self.embed(ids, index, None)[None], use_cache=False).last_hidden_state
+        return states[0, 2:-2]
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict:
+        first = past_key_values is None or _is_empty(past_key_values)
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        inputs["pixel_values"] = kwargs.get("pixel_values") if first else None
+        return inputs
+
+
+def _is_empty(past_key_values: Any) -> bool:
+    return past_key_values.get_seq_length() == 0
+
+
+AutoConfig.register(DreamLLMConfig.model_type, DreamLLMConfig, exist_ok=True)
+AutoModel.register(DreamLLMConfig, DreamLLM, exist_ok=True)
+AutoModelForCausalLM.register(DreamLLMConfig, DreamLLM, exist_ok=True)
