@@ -42,7 +42,7 @@ POSITION_BUFFER = "embeddings.position_ids"
 class AssembleOptions:
     """What the component folders do not say.
 
-    `num_dream_queries`, projector kinds and depths, `max_length` as in `DreamLLMConfig` (`max_length=None`: the
+    `num_dream_queries`, projector kinds and depths, `max_sequence_length` as in `DreamLLMConfig` (None: the
     decoder's). `template`: chat template. `dtype`: of all weights, e.g. "bfloat16". `seed`: for the new weights
     (queries, projectors, rows of added tokens). `diffusion_mirrors`: hub ids tried when the diffusion folder is not
     local. `config`: further `DreamLLMConfig` fields.
@@ -53,7 +53,7 @@ class AssembleOptions:
     visual_projector_depth: int = 1
     condition_projector: str = "linear"
     condition_projector_depth: int = 1
-    max_length: int | None = None
+    max_sequence_length: int | None = None
     template: str = "vicuna_v1.1"
     dtype: str = "float32"
     seed: int = 42
@@ -88,7 +88,7 @@ def assemble(
         visual_projector_depth=options.visual_projector_depth,
         condition_projector=options.condition_projector,
         condition_projector_depth=options.condition_projector_depth,
-        max_length=options.max_length or text_config.max_position_embeddings,
+        max_sequence_length=options.max_sequence_length or text_config.max_position_embeddings,
         **options.config,
     )
     with torch.random.fork_rng():

@@ -27,7 +27,7 @@ class DreamLLMConfig(PretrainedConfig):
         `select_layer`: which hidden state of the vision encoder is projected (-2 in the paper); CLS is dropped.
     Sequences
         `token_ids`: ids of bos, eos, pad and the five marker tokens, read from the tokenizer.
-        `max_length`: the longest sequence in tokens.
+        `max_sequence_length`: the longest sequence in tokens.
     Losses (spec A.9)
         total = (`loss_weight_lm` * lm + `loss_weight_vm` * vm) / scale, scale by `loss_scale_schedule`.
         `snr_gamma`: min-SNR weight; `noise_offset`: per-channel constant noise; `input_perturbation`: extra noise on
@@ -55,7 +55,7 @@ class DreamLLMConfig(PretrainedConfig):
         condition_projector: Literal["linear", "mlp"] = "linear",
         condition_projector_depth: int = 1,
         select_layer: int = -2,
-        max_length: int = 2048,
+        max_sequence_length: int = 2048,
         loss_weight_lm: float = 1.0,
         loss_weight_vm: float = 10.0,
         loss_scale_schedule: LossScale = "none",
@@ -79,7 +79,7 @@ class DreamLLMConfig(PretrainedConfig):
         self.condition_projector = condition_projector
         self.condition_projector_depth = condition_projector_depth
         self.select_layer = select_layer
-        self.max_length = max_length
+        self.max_sequence_length = max_sequence_length
         self.loss_weight_lm = loss_weight_lm
         self.loss_weight_vm = loss_weight_vm
         self.loss_scale_schedule = loss_scale_schedule
@@ -152,7 +152,7 @@ class DreamLLMConfig(PretrainedConfig):
             **{name: self.token_ids[name] for name in TOKEN_FIELDS},
             tokens_per_image=self.tokens_per_image,
             num_dream_queries=self.num_dream_queries,
-            max_length=self.max_length,
+            max_length=self.max_sequence_length,
             vocab_size=self.vocab_size,
         )
 

@@ -193,7 +193,7 @@ def _to_config(
         condition_projector=head.get("projector_type", "linear"),
         condition_projector_depth=head.get("projector_depth", 1),
         select_layer=vision.get("select_layer", -2),
-        max_length=original["max_position_embeddings"],
+        max_sequence_length=original["max_position_embeddings"],
         loss_weight_lm=original["loss_weight_lm"],
         loss_weight_vm=original["loss_weight_vm"],
         loss_scale_schedule=original["loss_scale_schedule"],

@@ -65,7 +65,7 @@ class ProcessorSettings:
         values = {
             "tokens_per_image": config.tokens_per_image,
             "num_dream_queries": config.num_dream_queries,
-            "max_length": config.max_length,
+            "max_length": config.max_sequence_length,
             "vocab_size": config.vocab_size,
             "target_size": config.picture_size,
             "target_channels": config.picture_channels,
