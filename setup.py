@@ -122,6 +122,8 @@ class Plan:
     def __init__(self, work: Path, torch_include: list[Path]) -> None:
         self.work = work
         self.torch_include = torch_include
+        # Only names libtorch_cpu as needed: `import torch` has loaded it, whichever torch that is. No path is recorded.
+        self.torch_link = [f"-L{torch_include[0].parent / 'lib'}", "-ltorch_cpu"]
         self.torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in torch_include)]
         self.include_flags = [f"-I{ROOT / 'csrc'}", f"-ffile-prefix-map={ROOT}=."]
 
@@ -134,7 +136,7 @@ class Plan:
                 library.objects.append(self._compile(cxx, source, f".{isa}", [*flags, f"-DDK_ISA={isa}"]))
         for step in library.objects:  # isa.cpp and the dispatch tables must know which levels exist
             step.command += [f"-DDK_HAS_{isa.upper()}=1" for isa in ISA_FLAGS]
-        library.link = self._link(cxx, library, output, [])
+        library.link = self._link(cxx, library, output, self.torch_link)
         return library
 
     def cuda(self, nvcc: str, output: Path) -> NativeLibrary:
@@ -150,7 +152,7 @@ class Plan:
             command = [nvcc, *flags, "-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
             library.objects.append(Step(target, [source], command, makes_depfile=True))
         objects = [step.output for step in library.objects]
-        link = [nvcc, "-shared", "-cudart", "static", *map(str, objects), "-o", str(output)]
+        link = [nvcc, "-shared", "-cudart", "static", *map(str, objects), *self.torch_link, "-o", str(output)]
         library.link = Step(output, objects, link)
         return library
 
@@ -189,7 +191,7 @@ class Plan:
 
     def _link(self, cxx: list[str], library: NativeLibrary, output: Path, extra: list[str]) -> Step:
         objects = [step.output for step in library.objects]
-        return Step(output, objects, [*cxx, "-shared", "-s", *extra, *map(str, objects), "-o", str(output)])
+        return Step(output, objects, [*cxx, "-shared", "-s", *map(str, objects), *extra, "-o", str(output)])
 
 
 def run_steps(libraries: list[NativeLibrary], work: Path) -> None:

@@ -1,5 +1,26 @@
-"""dreamkernels: fast, tested operators for LLaMA-style models and diffusion UNets."""
+"""dreamkernels: fast, tested operators for LLaMA-style models and diffusion UNets.
 
+    y = dreamkernels.rms_norm(x, weight, eps=1e-6)
+
+`python -m dreamkernels info` says what runs here, and how.
+"""
+
+from dreamkernels import libraries, ops
+from dreamkernels.libraries import MissingLibraryWarning, build_information
+from dreamkernels.ops import rms_norm, splice_embeddings
+from dreamkernels.ops.operator import FallbackWarning
+from dreamkernels.packing import pack_sequences
 from dreamkernels.version import __version__
 
-__all__ = ["__version__"]
+libraries.load()
+
+__all__ = [
+    "FallbackWarning",
+    "MissingLibraryWarning",
+    "__version__",
+    "build_information",
+    "ops",
+    "pack_sequences",
+    "rms_norm",
+    "splice_embeddings",
+]

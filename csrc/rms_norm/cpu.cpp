@@ -105,7 +105,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, std::optional<Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(dreamkernels, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm.inference", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm.inference", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
 

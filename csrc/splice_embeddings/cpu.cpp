@@ -161,6 +161,7 @@ std::vector<Tensor> splice_embeddings_backward(Tensor grad, Tensor index, std::v
 
 STABLE_TORCH_LIBRARY_IMPL(dreamkernels, CPU, m) {
   m.impl("splice_embeddings", TORCH_BOX(&splice_embeddings));
+  m.impl("splice_embeddings.inference", TORCH_BOX(&splice_embeddings));
   m.impl("splice_embeddings_backward", TORCH_BOX(&splice_embeddings_backward));
 }
 

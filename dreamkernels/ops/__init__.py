@@ -1,0 +1,6 @@
+"""The operators. Each subpackage holds one family: public function and schema, reference, Triton kernels; C++ is under csrc/."""
+
+from dreamkernels.ops.rms_norm import rms_norm
+from dreamkernels.ops.splice_embeddings import splice_embeddings
+
+__all__ = ["rms_norm", "splice_embeddings"]

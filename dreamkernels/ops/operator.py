@@ -1,0 +1,210 @@
+"""What every operator shares: the torch.library namespace, its implementations, and the choice between them.
+
+An operator `name` is defined as four overloads of one schema, so that each call crosses the dispatcher once:
+
+    name             differentiable; CPU from C++, CUDA from Triton
+    name.inference   the same kernels without autograd: about 5 us less per call, used when no gradient is needed
+    name.triton      Triton explicitly; under TRITON_INTERPRET=1 also on CPU tensors
+    name.cuda        CUDA C++ explicitly, where it exists
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMESPACE = "dreamkernels"
+IMPLEMENTATIONS = ("cpu", "triton", "cuda", "reference")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPERATORS: dict[str, Operator] = {}
+
+
+class FallbackWarning(UserWarning):
+    """An operator runs a slower implementation than it could; the message says which, why and what it costs."""
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """The backward of an operator. `backward(backward_overload)` makes the function that torch.library registers."""
+
+    backward: Callable[[Any], Callable[..., Any]]
+    setup_context: Callable[..., None]
+    backward_operator: Operator
+
+
+@dataclass
+class Operator:
+    """One dispatcher operator with its implementations."""
+
+    name: str
+    schema: str
+    dtypes: tuple[torch.dtype, ...]
+    triton: str  # "module:function" of the Triton implementation
+    cuda: bool = False  # the CUDA C++ library implements it too
+    overloads: dict[str, Any] = field(default_factory=dict)
+
+    def qualified(self, overload: str = "default") -> str:
+        return f"{NAMESPACE}::{self.name}" + ("" if overload == "default" else f".{overload}")
+
+    def unavailable(self, implementation: str, device_type: str) -> str:
+        """Why an implementation cannot run on a device, or "" when it can."""
+        if implementation == "reference":
+            return ""
+        if implementation == "cpu":
+            if device_type != "cpu":
+                return "it runs on cpu tensors only"
+            return "" if has_kernel(self.qualified(), "CPU") else "the compiled CPU library is not loaded"
+        if implementation == "triton":
+            if not triton_installed():
+                return "triton is not installed"
+            if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+                return ""
+            return "it runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1)"
+        if not self.cuda:
+            return "this operator has no CUDA C++ implementation"
+        if not has_kernel(self.qualified("cuda"), "CUDA"):
+            return "the CUDA C++ library is not loaded"
+        return "" if device_type == "cuda" else "it runs on cuda tensors only"
+
+
+def has_kernel(qualified_name: str, dispatch_key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, dispatch_key)
+
+
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors. Triton reads this when a kernel is decorated."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    triton: str,
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+    cuda: bool = False,
+    autograd: Autograd | None = None,
+) -> Operator:
+    """Defines an operator with its overloads, fake, Triton implementation and autograd. C++ registers when the libraries load."""
+    operator = Operator(name, schema, dtypes, triton, cuda)
+    overloads = ["default", "triton"] + (["inference"] if autograd else []) + (["cuda"] if cuda else [])
+    for overload in overloads:
+        qualified = operator.qualified(overload)
+        LIBRARY.define(qualified.removeprefix(f"{NAMESPACE}::") + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        operator.overloads[overload] = getattr(getattr(torch.ops.dreamkernels, name), overload)
+    if triton_installed():
+        _register_triton(operator)
+    if autograd:
+        _register_autograd(operator, autograd)
+    OPERATORS[name] = operator
+    return operator
+
+
+def _register_triton(operator: Operator) -> None:
+    module, function = operator.triton.split(":")
+
+    def launch(*args: Any) -> Any:  # importing Triton takes long, so it waits for the first call
+        return getattr(importlib.import_module(module), function)(*args)
+
+    for overload in operator.overloads:
+        if overload != "cuda":
+            LIBRARY.impl(operator.qualified(overload).removeprefix(f"{NAMESPACE}::"), launch, "CUDA")
+    if interpreting():
+        LIBRARY.impl(f"{operator.name}.triton", launch, "CPU")
+
+
+def _register_autograd(operator: Operator, autograd: Autograd) -> None:
+    for overload in operator.overloads:
+        if overload == "inference":
+            continue
+        backward = autograd.backward_operator.overloads["triton" if overload == "triton" else "default"]
+        torch.library.register_autograd(
+            operator.qualified(overload), autograd.backward(backward), setup_context=autograd.setup_context, lib=LIBRARY
+        )
+
+
+_choices: dict[tuple[str, str, str], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def choose(name: str, implementation: str, device_type: str) -> str:
+    """Which implementation of an operator a call runs: one of IMPLEMENTATIONS, never "auto".
+
+    "auto" takes the compiled kernel of the device (CPU: C++, CUDA: Triton) and, where it is missing, the reference with one warning.
+    Raises ValueError when an explicitly named implementation cannot run on the device.
+    """
+    key = (name, implementation, device_type)
+    chosen = _choices.get(key)
+    if chosen is None:
+        chosen = _choices[key] = _choose(*key)
+    return chosen
+
+
+def _choose(name: str, implementation: str, device_type: str) -> str:
+    operator = OPERATORS[name]
+    if implementation == "auto":
+        preferred = "triton" if device_type == "cuda" else "cpu"
+        reason = operator.unavailable(preferred, device_type)
+        if not reason:
+            return preferred
+        reported_at_import = device_type == "cpu"
+        if not reported_at_import:
+            warnings.warn(
+                f"{name} on {device_type} runs its reference in eager PyTorch ({preferred}: {reason}); "
+                "expect several times the time and memory traffic of the compiled operator",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        return "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is unknown (auto, {', '.join(IMPLEMENTATIONS)})")
+    if reason := operator.unavailable(implementation, device_type):
+        raise ValueError(
+            f'implementation="{implementation}" of {name} cannot run on {device_type}: {reason}; '
+            'choose implementation="auto" or "reference"'
+        )
+    return implementation
+
+
+def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Any:
+    """The dispatcher overload that runs a chosen implementation."""
+    if chosen == "cuda":
+        return operator.overloads["cuda"]
+    if chosen == "triton" and interpreting():
+        return operator.overloads["triton"]
+    return operator.overloads["default" if needs_grad else "inference"]
+
+
+def support_matrix() -> list[dict[str, Any]]:
+    """One row per operator and implementation: devices with, per device, the dtypes or the reason why it cannot run here."""
+    rows = []
+    for operator in OPERATORS.values():
+        for implementation in IMPLEMENTATIONS:
+            if implementation == "cuda" and not operator.cuda:
+                continue
+            devices = {}
+            for device_type in ("cpu", "cuda"):
+                reason = operator.unavailable(implementation, device_type)
+                if not reason and device_type == "cuda" and not torch.cuda.is_available():
+                    reason = "registered, but this machine has no CUDA device"
+                devices[device_type] = {
+                    "dtypes": [] if reason else [str(dtype).removeprefix("torch.") for dtype in operator.dtypes],
+                    "reason": reason,
+                }
+            rows.append({"operator": operator.name, "implementation": implementation, "devices": devices})
+    return rows
