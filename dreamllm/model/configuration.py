@@ -32,6 +32,9 @@ class DreamLLMConfig(PretrainedConfig):
         total = (`loss_weight_lm` * lm + `loss_weight_vm` * vm) / scale, scale by `loss_scale_schedule`.
         `snr_gamma`: min-SNR weight; `noise_offset`: per-channel constant noise; `input_perturbation`: extra noise on
         the UNet's input only; `condition_dropout`: probability of replacing a condition by the empty prompt's.
+    Inference
+        `drawing`: the drawing options this model recommends (fields of `dreamllm.inference.DrawingOptions`); empty: the
+        original program's.
     `compat`
         "original" reproduces what the original program does where it is defective (docs: ARCHITECTURE.md, table).
     """
@@ -63,6 +66,7 @@ class DreamLLMConfig(PretrainedConfig):
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
         condition_dropout: float = 0.0,
+        drawing: dict[str, Any] | None = None,
         compat: Compat = "default",
         **kwargs: Any,
     ) -> None:
@@ -87,6 +91,7 @@ class DreamLLMConfig(PretrainedConfig):
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
         self.condition_dropout = condition_dropout
+        self.drawing = drawing or {}
         self.compat = compat
         self._check()
         kwargs.setdefault("bos_token_id", self.token_ids.get("bos"))
