@@ -1,0 +1,5 @@
+"""What is known of each GPU architecture: its limits and the launch parameters of the kernels, as data (one JSON file each)."""
+
+from dreamkernels.devices.loader import ARCHITECTURES, Device, architecture_of, launch_parameters, load_device
+
+__all__ = ["ARCHITECTURES", "Device", "architecture_of", "launch_parameters", "load_device"]

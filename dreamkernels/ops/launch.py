@@ -1,0 +1,42 @@
+"""What the Triton implementations share: launching on the tensor's device, and the list of kernels that ship."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Element types as Triton's signatures name them.
+TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class ShippedKernel:
+    """One Triton kernel at one set of launch parameters, for ahead-of-time compilation and its report."""
+
+    operator: str
+    kernel: Any  # the @triton.jit function
+    dtype: torch.dtype
+    width: int
+    signature: dict[str, str]  # argument name -> Triton type, as for a call with 16-byte aligned tensors
+    constants: dict[str, Any]
+    num_warps: int
+    divisible_by_16: tuple[str, ...]  # integer arguments that are multiples of 16 at this width; pointers always are
+
+    @property
+    def name(self) -> str:
+        constants = "-".join(f"{key.lower()}{int(value)}" for key, value in self.constants.items())
+        return f"{self.operator}-{TRITON_DTYPES[self.dtype]}-h{self.width}-{constants}-w{self.num_warps}"
+
+
+@contextlib.contextmanager
+def on_device_of(x: torch.Tensor) -> Iterator[None]:
+    """Makes the device of x current: Triton launches on the current device."""
+    if x.device.type == "cuda":
+        with torch.cuda.device(x.device):
+            yield
+    else:
+        yield
