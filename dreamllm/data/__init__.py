@@ -1,0 +1,47 @@
+"""Data: readers of every kind, their mixture, and batches that are a function of the seed and the step."""
+
+from dreamllm.data.conversations import Conversations
+from dreamllm.data.interleaved import Interleaved
+from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batches
+from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
+from dreamllm.data.open import UnknownDataError, open_data, open_pairs
+from dreamllm.data.pairs import CaptionInstructions, FolderPairs, Pair, PairMode, Pairs, PairSource
+from dreamllm.data.prepare import Encoder, prepare
+from dreamllm.data.problems import BadSampleError, Problem, ProblemLog, TooManyBadSamplesError
+from dreamllm.data.reader import DocumentList, Reader
+from dreamllm.data.seeds import Permutation, derive_seed, uniform
+from dreamllm.data.tars import TarPairs
+
+__all__ = [
+    "BadSampleError",
+    "Batches",
+    "CaptionInstructions",
+    "Conversations",
+    "DocumentList",
+    "Draw",
+    "Encoder",
+    "FolderPairs",
+    "Interleaved",
+    "LoadedBatch",
+    "LoaderSettings",
+    "Mixture",
+    "Pair",
+    "PairMode",
+    "PairSource",
+    "Pairs",
+    "Part",
+    "Permutation",
+    "Problem",
+    "ProblemLog",
+    "Reader",
+    "TarPairs",
+    "TooManyBadSamplesError",
+    "UnknownDataError",
+    "derive_seed",
+    "load_batches",
+    "open_data",
+    "open_pairs",
+    "parse_size",
+    "prepare",
+    "uniform",
+]

@@ -1,0 +1,104 @@
+"""A drawn document -> an encoded sequence with its pictures decoded, or the reason why it cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from PIL import Image
+
+from dreamllm.data.problems import BadSampleError, Problem
+from dreamllm.documents import (
+    IGNORE_INDEX,
+    Document,
+    EncodedDocument,
+    PackedBatch,
+    Picture,
+    PictureError,
+    PictureSource,
+    SequenceLayout,
+    load_picture,
+)
+
+
+class Encoder(Protocol):
+    """What turns documents into batches; implemented by `DreamLLMProcessor`."""
+
+    layout: SequenceLayout
+
+    def encode(self, document: Document) -> EncodedDocument: ...
+
+    def pack(self, documents: Sequence[EncodedDocument], with_null: bool = False) -> PackedBatch: ...
+
+
+@dataclass
+class Prepared:
+    """An encoded document whose `images` and `targets` are decoded pictures, and what had to be changed in it."""
+
+    encoded: EncodedDocument
+    problems: list[Problem]
+
+
+def prepare(document: Document, encoder: Encoder) -> Prepared:
+    """Encodes `document` and decodes the pictures that its sequence holds.
+
+    A document whose parts are taken while they fit (overflow "stop": interleaved) loses a picture that cannot be read
+    and keeps the rest. Raises `BadSampleError` for another document with an unreadable picture, for pictures that alone
+    exceed the context, and when no token and no picture is left to learn from.
+    """
+    name = document.name or "(unnamed)"
+    problems: list[Problem] = []
+    decoded: dict[int, Image.Image] = {}
+    while True:
+        encoded = _encode(document, encoder, name)
+        lost = _decode(encoded, decoded, name)
+        if not lost:
+            break
+        problems += [Problem("lost_picture", str(error)) for error in lost.values()]
+        if document.overflow != "stop":
+            raise next(iter(lost.values()))
+        kept = tuple(p for p in document.parts if not (isinstance(p, Picture) and id(p.source) in lost))
+        document = replace(document, parts=kept)
+    if not learns(encoded, encoder.layout):
+        cut = f" within {encoder.layout.max_length} tokens" if encoded.truncated else ""
+        raise BadSampleError("nothing_to_learn", f"{name} has no text to learn and no picture to create{cut}")
+    if encoded.truncated:
+        problems.append(Problem("trimmed", f"{name} was cut at {encoder.layout.max_length} tokens"))
+    images = [decoded[id(source)] for source in encoded.images]
+    targets = [decoded[id(source)] for source in encoded.targets]
+    return Prepared(replace(encoded, images=images, targets=targets), problems)
+
+
+def learns(encoded: EncodedDocument, layout: SequenceLayout) -> bool:
+    """Whether a sequence trains anything besides where it ends."""
+    if encoded.dream_starts:
+        return True
+    return any(label not in (IGNORE_INDEX, layout.eos) for label in encoded.labels[1:])
+
+
+def _encode(document: Document, encoder: Encoder, name: str) -> EncodedDocument:
+    try:
+        return encoder.encode(document)
+    except ValueError as error:
+        if not document.parts:
+            raise BadSampleError("nothing_to_learn", f"{name} is empty") from error
+        raise BadSampleError("too_long", str(error)) from error
+
+
+def _decode(encoded: EncodedDocument, decoded: dict[int, Image.Image], name: str) -> dict[int, BadSampleError]:
+    """Decodes the pictures not in `decoded` yet; returns the failures by the id of their source."""
+    failures: dict[int, BadSampleError] = {}
+    for source in [*encoded.images, *encoded.targets]:
+        if id(source) in decoded or id(source) in failures:
+            continue
+        try:
+            decoded[id(source)] = load_picture(source)
+        except PictureError as error:
+            failures[id(source)] = _unreadable(source, error, name)
+    return failures
+
+
+def _unreadable(source: PictureSource, error: PictureError, name: str) -> BadSampleError:
+    reason = "missing_image" if isinstance(error.__cause__, FileNotFoundError) else "corrupt_image"
+    return BadSampleError(reason, f"{name}: {error}")
