@@ -90,7 +90,9 @@ def _emit_picture(part: Picture, layout: SequenceLayout, encoded: EncodedDocumen
         encoded.append(layout.image_ids(), learn=False)
 
 
-def _fit_whole(document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument) -> None:
+def _fit_whole(
+    document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument
+) -> None:
     total = _total(document, texts, layout)
     if total > layout.max_length:
         raise ValueError(
@@ -101,7 +103,9 @@ def _fit_whole(document: Document, texts: dict[int, list[int]], layout: Sequence
         _emit(part, texts.get(i), layout, encoded)
 
 
-def _fit_trim(document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument) -> None:
+def _fit_trim(
+    document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument
+) -> None:
     text_budget = layout.max_length - _total(document, {i: [] for i in texts}, layout)
     if text_budget < 0:
         raise ValueError(
@@ -118,7 +122,9 @@ def _fit_trim(document: Document, texts: dict[int, list[int]], layout: SequenceL
             _emit(part, None, layout, encoded)
 
 
-def _fit_stop(document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument) -> None:
+def _fit_stop(
+    document: Document, texts: dict[int, list[int]], layout: SequenceLayout, encoded: EncodedDocument
+) -> None:
     end = next((part for part in document.parts if isinstance(part, End)), None)
     for i, part in enumerate(document.parts):
         if isinstance(part, End):

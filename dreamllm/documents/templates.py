@@ -11,7 +11,7 @@ Role = Literal["user", "assistant"]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template of the Vicuna kind: system sentence, then `USER: ... ASSISTANT: ...` with an end token after each answer.
+    """A template of the Vicuna kind: system sentence, then `USER: ... ASSISTANT: ...`, an end token after each answer.
 
     `system` may be empty. A turn's text follows its role tag after one space.
     """

@@ -148,7 +148,11 @@ def _load_language_model(model: DreamLLM, folder: Path, old_vocab: int) -> None:
             torch.nn.init.normal_(layer.weight[old_vocab:].detach(), std=NEW_ROW_STD)
     own = model.language_model.state_dict()
     for name, tensor in tensors.items():
-        if name in own and tensor.shape[1:] == own[name].shape[1:] and tensor.shape[0] == old_vocab < own[name].shape[0]:
+        if (
+            name in own
+            and tensor.shape[1:] == own[name].shape[1:]
+            and tensor.shape[0] == old_vocab < own[name].shape[0]
+        ):
             tensors[name] = torch.cat([tensor, own[name][old_vocab:].to(tensor.dtype)])
     if model.language_model.config.tie_word_embeddings:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])

@@ -28,7 +28,7 @@ def build_codec(config: dict[str, Any]) -> Codec:
 
 
 def encode_pictures(codec: Codec, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels [N, C, H, W] in [-1, 1] -> scaled latents; a sample of the VAE's posterior, as in the original's training."""
+    """Pixels [N, C, H, W] in [-1, 1] -> scaled latents: a sample of the VAE's posterior, as the original trains."""
     if isinstance(codec, IdentityCodec):
         return pixels
     posterior = codec.encode(pixels.to(codec.dtype)).latent_dist

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -40,8 +40,7 @@ class DreamLLMConfig(PretrainedConfig):
     """
 
     model_type = "dreamllm"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    has_no_defaults_at_init = True
+    sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     def __init__(
         self,
@@ -107,7 +106,9 @@ class DreamLLMConfig(PretrainedConfig):
             kind, depth = getattr(self, side), getattr(self, f"{side}_depth")
             _check_choice(side, kind, ("linear", "mlp"))
             if (kind == "linear") != (depth == 1):
-                raise ValueError(f"{side} 'linear' has depth 1 and 'mlp' depth 2 or more; {kind!r} with {depth} was given")
+                raise ValueError(
+                    f"{side} 'linear' has depth 1 and 'mlp' depth 2 or more; {kind!r} with {depth} was given"
+                )
         if not 0.0 <= self.condition_dropout < 1.0:
             raise ValueError(f"condition_dropout must be in [0, 1), not {self.condition_dropout}")
         if self.num_dream_queries < 1:
@@ -152,7 +153,9 @@ class DreamLLMConfig(PretrainedConfig):
         """The sequence layout that this model was built for."""
         missing = [name for name in TOKEN_FIELDS if name not in self.token_ids]
         if missing:
-            raise ValueError(f"the configuration lacks token ids for {', '.join(missing)}; read them from the tokenizer")
+            raise ValueError(
+                f"the configuration lacks token ids for {', '.join(missing)}; read them from the tokenizer"
+            )
         return SequenceLayout(
             **{name: self.token_ids[name] for name in TOKEN_FIELDS},
             tokens_per_image=self.tokens_per_image,

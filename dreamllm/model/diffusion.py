@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,10 @@ class DiffusionDraws:
 
 
 def draw_diffusion(
-    config: DreamLLMConfig, latent_shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
+    config: DreamLLMConfig,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None = None,
 ) -> DiffusionDraws:
     """Draws what `diffusion_loss` needs, always in the same order: condition dropout, timesteps, noise, extras."""
 
@@ -86,7 +90,7 @@ def _betas(config: dict[str, Any]) -> Tensor:
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if schedule == "squaredcos_cap_v2":
         curve = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
-        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(curve, curve[1:], strict=False)])
+        return torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(curve)])
     raise ValueError(f"beta_schedule {schedule!r} is not supported (scaled_linear, linear, squaredcos_cap_v2)")
 
 

@@ -11,15 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 WEIGHT_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
 
 
-class FolderNotFound(FileNotFoundError):
+class FolderNotFound(FileNotFoundError):  # noqa: N818 - named after its parent
     """None of the places named holds the folder. The message lists each with the reason."""
 
 
-def resolve_folder(source: str | Path, mirrors: Sequence[str] = (), subfolder: str | None = None) -> Path:
+def resolve_folder(source: str | Path, mirrors: Sequence[str] = ()) -> Path:
     """Returns a local folder for `source`: itself if it is a folder, else a downloaded hub repository.
 
-    `mirrors` are hub ids tried in order after `source`. `subfolder` restricts the download. Raises `FolderNotFound`
-    that says what was tried and why each failed.
+    `mirrors` are hub ids tried in order after `source`. Raises `FolderNotFound` that says what was tried and why each
+    failed.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -27,13 +27,20 @@ def resolve_folder(source: str | Path, mirrors: Sequence[str] = (), subfolder: s
         raise FolderNotFound(f"folder {source} does not exist")
     failures = []
     for candidate in (str(source), *mirrors):
-        try:
-            patterns = [f"{subfolder}/{p}" for p in WEIGHT_PATTERNS] if subfolder else list(WEIGHT_PATTERNS)
-            return Path(snapshot_download(candidate, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
-            failures.append(f"  {candidate}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        folder, reason = _download(candidate)
+        if folder is not None:
+            return folder
+        failures.append(f"  {candidate}: {reason}")
     raise FolderNotFound(
         f"{source} is not a local folder, and no hub repository could be fetched:\n"
         + "\n".join(failures)
         + "\nDownload the files yourself and give the folder, or name a mirror."
     )
+
+
+def _download(repository: str) -> tuple[Path | None, str]:
+    try:
+        patterns = [*WEIGHT_PATTERNS, *(f"*/{pattern}" for pattern in WEIGHT_PATTERNS)]
+        return Path(snapshot_download(repository, allow_patterns=patterns)), ""
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
 
     def __init__(self, config: DreamLLMConfig) -> None:
         super().__init__(config)
@@ -105,10 +106,14 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(self.dream_queries, std=QUERY_INIT_STD)
 
     def _use_packed_attention(self) -> None:
-        decoder = self.language_model
-        self.packs_attention = bool(getattr(decoder, "_supports_attention_backend", False))
-        if self.packs_attention and decoder.config._attn_implementation == "sdpa":
-            decoder.set_attn_implementation(ATTENTION_NAME)
+        model = self.language_model
+        if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(ATTENTION_NAME)
+
+    @property
+    def packs_attention(self) -> bool:
+        """Whether packed batches stay packed through the decoder; with another attention they run on a padded grid."""
+        return self.language_model.config._attn_implementation == ATTENTION_NAME
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> DreamLLM:
@@ -134,7 +139,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:20]))
         return (model, info) if wants_info else model
 
-    # -- parts ---------------------------------------------------------------------------------------------------
+    # -- parts ------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -199,7 +204,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         sources = [self.dream_queries] if image_features is None else [image_features.flatten(0, 1), self.dream_queries]
         return splice_embeddings(tokens, [s.to(tokens.dtype) for s in sources], splice_index)
 
-    # -- packed: training and conditions ------------------------------------------------------------------------------
+    # -- packed: training and conditions ------------------------------------------------------------
 
     def states_packed(self, batch: PackedBatch) -> Tensor:
         """Final states [T, H] of a packed batch; sequences do not see each other."""
@@ -216,7 +221,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                 packed_layout=layout,
             )
             return states.last_hidden_state[0]
-        # A decoder without the attention interface runs on the grid; causality keeps the padding out.
+        # Causality keeps the grid's padding out.
         states = self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False)
         return layout.scatter(states.last_hidden_state)
 
@@ -252,7 +257,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         """States at the dream queries of a packed batch, [M, Q, H], before the condition projector."""
         return self.states_packed(batch)[batch.dream_positions]
 
-    # -- losses --------------------------------------------------------------------------------------------------------
+    # -- losses ------------------------------------------------------------
 
     def _lm_loss(self, states_KH: Tensor, targets_K: Tensor) -> Tensor:
         if targets_K.numel() == 0:
@@ -294,7 +299,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         terms = [w * loss for w, loss in ((w_lm, lm_loss), (w_vm, vm_loss)) if loss is not None and w]
         return sum(terms) / scale[self.config.loss_scale_schedule] if terms else None
 
-    # -- padded: the Hugging Face interface -------------------------------------------------------------------------------
+    # -- padded: the Hugging Face interface ------------------------------------------------------------
 
     def forward(
         self,
@@ -323,13 +328,15 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         """
         slots = None
         if inputs_embeds is None:
-            self._check_ids(input_ids)
+            self._check_ids(input_ids, past_key_values)
             slots = find_slots(input_ids, self.layout, past_key_values is None or _is_empty(past_key_values))
             if slots is not None:
                 with_targets = target_pixel_values is not None or target_latents is not None
                 inputs_embeds = self._embed_slots(input_ids, slots, pixel_values, with_targets)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = self._positions(attention_mask, (input_ids if input_ids is not None else inputs_embeds).shape[1])
+            position_ids = self._positions(
+                attention_mask, (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            )
         outputs = self.decoder(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
@@ -345,9 +352,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         lm_loss = None if labels is None else self._padded_lm_loss(states_BTH, labels)
         vm_loss = None
         if target_pixel_values is not None or target_latents is not None:
-            vm_loss = self._padded_vm_loss(
-                states_BTH, slots, target_pixel_values, target_latents, generator, draws
-            )
+            vm_loss = self._padded_vm_loss(states_BTH, slots, target_pixel_values, target_latents, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),
             logits=logits,
@@ -357,9 +362,12 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             hidden_states=states_BTH if kwargs.get("output_hidden_states") else None,
         )
 
-    def _check_ids(self, input_ids: Tensor | None) -> None:
+    def _check_ids(self, input_ids: Tensor | None, past_key_values: Any) -> None:
         if input_ids is None:
             raise ValueError("input_ids or inputs_embeds must be given")
+        length = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+        if length > self.layout.max_length:
+            raise ValueError(f"{length} tokens exceed the context of {self.layout.max_length}")
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = input_ids.aminmax()
             if low < 0 or high >= self.config.vocab_size:
@@ -421,7 +429,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         states = self.decoder(inputs_embeds=self.embed(ids, index, None)[None], use_cache=False).last_hidden_state
         return states[0, 2:-2]
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation ------------------------------------------------------------
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict:
         first = past_key_values is None or _is_empty(past_key_values)

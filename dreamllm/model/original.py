@@ -146,7 +146,7 @@ def convert_from_original(
     compat: Compat = "default",
     diffusion_mirrors: Sequence[str] = DIFFUSION_MIRRORS,
 ) -> None:
-    """Reads an original checkpoint and writes our folder `out`, from which `convert_to_original` restores it exactly."""
+    """Reads an original checkpoint and writes our folder `out`; `convert_to_original` restores it exactly."""
     model, processor = load_original(checkpoint, clip, diffusion, compat, diffusion_mirrors)
     model.save_pretrained(out)
     processor.save_pretrained(out)
@@ -160,7 +160,7 @@ def convert_to_original(model_dir: str | Path, out: str | Path) -> None:
     save_original(model, DreamLLMProcessor.from_pretrained(model_dir), out, record if record.is_dir() else None)
 
 
-# -- reading -------------------------------------------------------------------------------------------------------
+# -- reading ------------------------------------------------------------
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -229,9 +229,7 @@ def _legacy_names(file: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PROJECTOR}{PROJECTOR}{name.split('.')[-1]}": t for name, t in tensors.items()}
 
 
-def _load(
-    model: DreamLLM, language: dict[str, Tensor], plugins: dict[str, dict[str, Tensor]], folder: Path
-) -> None:
+def _load(model: DreamLLM, language: dict[str, Tensor], plugins: dict[str, dict[str, Tensor]], folder: Path) -> None:
     load_into(model.language_model, language, str(folder), ignore=(ROTARY_BUFFER,))
     vision = plugins[CLIP_FILE]
     encoder = {k.removeprefix("clip_vision_model."): v for k, v in vision.items() if k.startswith("clip_vision_model.")}
@@ -259,7 +257,7 @@ def _load_queries(model: DreamLLM, tensors: dict[str, Tensor], folder: Path) -> 
     model.dream_queries.data.copy_(queries[0])
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ------------------------------------------------------------
 
 
 def _language_tensors(model: DreamLLM) -> dict[str, Tensor]:

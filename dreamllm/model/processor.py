@@ -105,7 +105,7 @@ class DreamLLMProcessor(ProcessorMixin):
             vocab_size=settings.vocab_size,
         )
 
-    # -- text ------------------------------------------------------------------------------------------------------
+    # -- text ------------------------------------------------------------
 
     @property
     def template(self) -> ChatTemplate:
@@ -121,7 +121,7 @@ class DreamLLMProcessor(ProcessorMixin):
         """Text of `ids`; special tokens are left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    # -- documents -----------------------------------------------------------------------------------------------------
+    # -- documents ------------------------------------------------------------
 
     def encode(self, document: Document) -> EncodedDocument:
         """Document -> ids, labels and picture slots. See `encode_document`."""
@@ -186,21 +186,23 @@ class DreamLLMProcessor(ProcessorMixin):
         document = conversation(turns, pictures, self.template)
         return Document(document.parts, "error", document.name)
 
-    # -- pictures --------------------------------------------------------------------------------------------------------
+    # -- pictures ------------------------------------------------------------
 
     def vision(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> CLIP pixel values [N, 3, h, w], float32."""
         return self.image_processor(list(images), return_tensors="pt")["pixel_values"].float()
 
     def target(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> diffusion targets [N, C, size, size] in [-1, 1]: short side resized (bilinear), centre crop."""
+        """RGB pictures -> diffusion targets [N, C, size, size] in [-1, 1]: short side resized, centre crop."""
         return torch.from_numpy(np.stack([self._target_array(image) for image in images]))
 
     def _target_array(self, image: Image.Image) -> np.ndarray:
         size = self.settings.target_size
         if min(image.size) != size:
             ratio = size / min(image.size)
-            image = image.resize(tuple(max(size, round(side * ratio)) for side in image.size), Image.Resampling.BILINEAR)
+            image = image.resize(
+                tuple(max(size, round(side * ratio)) for side in image.size), Image.Resampling.BILINEAR
+            )
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
         if self.settings.target_channels == 1:
@@ -208,7 +210,7 @@ class DreamLLMProcessor(ProcessorMixin):
         pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes tokenizer, image processor and settings into `save_directory`."""

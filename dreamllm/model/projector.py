@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Linear (depth 1), or Linear followed by (GELU, Linear) repeated (depth >= 2), with an optional LayerNorm after."""
+    """Linear (depth 1), or Linear then (GELU, Linear) repeated (depth >= 2); optionally a LayerNorm after."""
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ def find_slots(input_ids: Tensor, layout: SequenceLayout, first_call: bool) -> S
         rows, columns = opened.nonzero(as_tuple=True)
         if columns.numel() and bool((columns + length >= input_ids.shape[1]).any()):
             raise ValueError(
-                f"a {name} slot of {length} tokens is cut off at the end of the input ({input_ids.shape[1]} tokens)"
+                f"the {name} slot of {length} tokens is cut off at the end of the input ({input_ids.shape[1]} tokens)"
             )
         starts[name] = rows * input_ids.shape[1] + columns + 1
     if not first_call and not starts["image"].numel() and not starts["dream"].numel():

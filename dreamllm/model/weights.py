@@ -46,7 +46,9 @@ def read_folder(folder: Path, names: Iterable[str] = (SAFETENSORS, PICKLE)) -> d
     raise CheckpointError(f"{folder} has no weights; looked for {', '.join(names)} and their sharded forms")
 
 
-def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
+def load_into(
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()
+) -> None:
     """Copies `tensors` into `module` by name, all or nothing.
 
     Raises `CheckpointError` naming every missing and every mis-shaped tensor (expected and found shape) and every
@@ -67,7 +69,9 @@ def check_tensors(
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
-    problems += [f"unexpected: {name}" for name in found if name not in expected and not name.endswith(ignore or ("\0",))]
+    problems += [
+        f"unexpected: {name}" for name in found if name not in expected and not name.endswith(ignore or ("\0",))
+    ]
     problems = [p for p in problems if not (p.startswith("missing") and p.split()[1].endswith(ignore or ("\0",)))]
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])

@@ -35,4 +35,6 @@ def samples() -> list[dict]:
 
 def sequence_settings() -> dict:
     data = json.loads((ROOT / "sequences.json").read_text())
-    return {key: data[key] for key in ("tokens_per_image", "num_dream_queries")} | {"max_length": data["model_max_length"]}
+    return {key: data[key] for key in ("tokens_per_image", "num_dream_queries")} | {
+        "max_length": data["model_max_length"]
+    }

@@ -115,7 +115,7 @@ def test_misshaped_tensor_is_named_with_both_shapes(checkpoint):
 
 def test_missing_plugin_is_named(checkpoint):
     (checkpoint / DREAM_FILE).unlink()
-    with pytest.raises(CheckpointError, match="neither dream_embedding.bin nor dream_queries.pt"):
+    with pytest.raises(CheckpointError, match=r"neither dream_embedding\.bin nor dream_queries\.pt"):
         load(checkpoint)
 
 

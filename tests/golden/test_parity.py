@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from dreamllm.documents import EncodedDocument, pack_batch
 from dreamllm.model import DiffusionDraws, load_original
 from dreamllm.model.attention import PackedLayout
 from tests.golden import reference
@@ -108,9 +110,8 @@ def test_packed_losses_equal_the_padded_ones():
     for row_ids, row_mask, row_labels in zip(ids, mask, labels, strict=True):
         length = int(row_mask.sum())
         row = row_ids[:length].tolist()
-        document = processor_document(row, row_labels[:length].tolist(), layout)
-        encoded.append(document)
-    batch = pack_without_pictures(encoded, layout)
+        encoded.append(rebuild(row, row_labels[:length].tolist(), layout))
+    batch = pack_batch(encoded, layout, NoTransforms())
     batch.pixel_values, batch.target_pixel_values = reference.array("images"), reference.array("images_dm")
     output = model.forward_packed(
         batch,
@@ -122,11 +123,18 @@ def test_packed_losses_equal_the_padded_ones():
         torch.testing.assert_close(getattr(output, name), reference.array(name), rtol=1e-4, atol=0)
 
 
-def processor_document(row: list[int], labels: list[int], layout):
-    from PIL import Image
+class NoTransforms:
+    """Stands in for the processor where the pixels are given."""
 
-    from dreamllm.documents import EncodedDocument
+    def vision(self, images):
+        return torch.zeros(len(images))
 
+    def target(self, images):
+        return torch.zeros(len(images))
+
+
+def rebuild(row: list[int], labels: list[int], layout) -> EncodedDocument:
+    """The encoded document of a row of the golden batch."""
     blank = Image.new("RGB", (64, 64))
     document = EncodedDocument(input_ids=row, labels=labels)
     document.image_starts = [i + 1 for i, token in enumerate(row) if token == layout.im_start]
@@ -134,16 +142,3 @@ def processor_document(row: list[int], labels: list[int], layout):
     document.images = [blank] * len(document.image_starts)
     document.targets = [blank] * len(document.dream_starts)
     return document
-
-
-def pack_without_pictures(encoded, layout):
-    from dreamllm.documents import pack_batch
-
-    class NoTransforms:
-        def vision(self, images):
-            return torch.zeros(len(images))
-
-        def target(self, images):
-            return torch.zeros(len(images))
-
-    return pack_batch(encoded, layout, NoTransforms())

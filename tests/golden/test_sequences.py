@@ -2,6 +2,7 @@
 
 import pytest
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 
 from dreamllm.documents import (
     IGNORE_INDEX,
@@ -16,7 +17,6 @@ from dreamllm.documents import (
     pair,
 )
 from dreamllm.model.processor import load_tokenizer, read_sentencepiece, special_token_ids
-from sentencepiece import SentencePieceProcessor
 from tests.golden import reference
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -73,7 +73,9 @@ def test_default_differs_only_where_the_original_is_defective(sample, layout, en
     elif sample["kind"] == "conversation":
         assert encoded.input_ids == sample["input_ids"]
         colon = encode("ASSISTANT:")[-1]
-        changed = [i for i, (ours, theirs) in enumerate(zip(encoded.labels, sample["labels"], strict=True)) if ours != theirs]
+        changed = [
+            i for i, (ours, theirs) in enumerate(zip(encoded.labels, sample["labels"], strict=True)) if ours != theirs
+        ]
         assert changed
         assert all(sample["input_ids"][i] == colon and encoded.labels[i] == IGNORE_INDEX for i in changed)
     else:
