@@ -1,0 +1,22 @@
+"""Using a model: answers of text and pictures, from one prompt or many."""
+
+from dreamllm.inference.assistant import Assistant, load
+from dreamllm.inference.dialogue import Dialogue
+from dreamllm.inference.drawing import DrawingOptions, draw, drawing_defaults
+from dreamllm.inference.engine import Engine
+from dreamllm.inference.options import Answer, GenerationOptions
+from dreamllm.inference.page import document_page, write_page
+
+__all__ = [
+    "Answer",
+    "Assistant",
+    "Dialogue",
+    "DrawingOptions",
+    "Engine",
+    "GenerationOptions",
+    "document_page",
+    "draw",
+    "drawing_defaults",
+    "load",
+    "write_page",
+]

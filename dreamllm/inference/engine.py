@@ -1,0 +1,357 @@
+"""The one text loop: prompt documents -> answer documents, pictures drawn where the model asks for them (spec F)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreamllm.documents import SPECIAL_TOKENS, Document, EncodedDocument, End, Part, Picture, Text, load_picture
+from dreamllm.documents.batch import check_encoded
+from dreamllm.inference.drawing import (
+    DrawingOptions,
+    Progress,
+    check_seeds,
+    draw,
+    drawing_defaults,
+    picture_seed,
+    to_pil,
+)
+from dreamllm.inference.options import Answer, GenerationOptions, Stopped
+from dreamllm.inference.rows import Rows
+from dreamllm.inference.sampling import choose_token
+from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.model.slots import find_slots
+
+
+@dataclass
+class _Request:
+    """One answer in the making. `length` counts positions, `last` is the state that the next token is chosen from."""
+
+    options: GenerationOptions
+    drawing: DrawingOptions
+    seed: int
+    length: int
+    last: Tensor
+    generator: torch.Generator
+    draws_now: bool
+    parts: list[Part] = field(default_factory=list)
+    text_ids: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    num_drawn: int = 0
+    stopped: Stopped | None = None
+
+
+class Engine:
+    """Answers prompts with one model. Requests given together share passes; no answer depends on the others.
+
+    `batch_size`: prompts that advance together. More prompts are answered batch after batch.
+    """
+
+    def __init__(self, model: DreamLLM, processor: DreamLLMProcessor, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if model.layout != processor.layout:
+            raise ValueError("the model and the processor have different sequence layouts; they do not belong together")
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.layout = model.layout
+        self._never = _never_chosen(model, processor)
+        self._kept_null: tuple[tuple, Tensor] | None = None
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def answer(
+        self, prompt: Document, options: GenerationOptions | None = None, progress: Progress | None = None
+    ) -> Answer:
+        """Answers one prompt. See `answers`."""
+        return self.answers([prompt], options, progress=progress)[0]
+
+    @torch.no_grad()
+    def answers(
+        self,
+        prompts: Sequence[Document],
+        options: GenerationOptions | None = None,
+        seeds: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Answers each prompt.
+
+        `seeds`: one per prompt (default: options.seed, options.seed + 1, ...). `progress` is told of every denoising
+        step of each round of drawing.
+
+        Raises `ValueError` for an empty prompt, one longer than the context (by how much), one that leaves no room
+        for an answer or a forced picture, and for a wrong number of seeds; `PictureError` for a picture in a prompt
+        that cannot be read.
+        """
+        options = options or GenerationOptions()
+        drawing = options.drawing or drawing_defaults(self.model)
+        if drawing.candidates > 1 and not (options.pictures == "force" and options.max_new_tokens == 0):
+            raise ValueError(
+                f"{drawing.candidates} candidates per picture, but writing goes on after one picture only; "
+                "use candidates=1, or pictures='force' with max_new_tokens=0"
+            )
+        seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
+        check_seeds(seeds, len(prompts), "prompt")
+        encoded = [self._encode(prompt) for prompt in prompts]
+        for document in encoded:
+            self._check_room(document, options)
+        answers: list[Answer] = []
+        with _evaluating(self.model):
+            for start in range(0, len(encoded), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                answers += self._answer_batch(encoded[rows], seeds[rows], options, drawing, progress)
+        return answers
+
+    @torch.no_grad()
+    def conditions(self, prompts: Sequence[Document]) -> Tensor:
+        """The UNet's conditions for drawing a picture right after each prompt, [M, Q, C]. Raises as `answers`."""
+        encoded = [self._encode(prompt) for prompt in prompts]
+        options = GenerationOptions(max_new_tokens=0, pictures="force")
+        for document in encoded:
+            self._check_room(document, options)
+        with _evaluating(self.model):
+            return self._project(self._dream_states(encoded))
+
+    @torch.no_grad()
+    def dream_states(self, prompts: Sequence[Document]) -> Tensor:
+        """States at the dream queries after each prompt, [M, Q, H], before the condition projector."""
+        with _evaluating(self.model):
+            return self._dream_states([self._encode(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def null_states(self, negative_prompt: str = "") -> Tensor:
+        """States at the dream queries after the negative or the empty prompt, [Q, H]."""
+        encoded = EncodedDocument(name="negative prompt" if negative_prompt else "empty prompt")
+        encoded.append([self.layout.bos], learn=False)
+        if negative_prompt:
+            encoded.append(self.processor.encode_text(negative_prompt), learn=False)
+        self._check_room(encoded, GenerationOptions(max_new_tokens=0, pictures="force"))
+        with _evaluating(self.model):
+            return self._dream_states([encoded])[0]
+
+    def null_condition(self, negative_prompt: str = "") -> Tensor:
+        """The condition [Q, C] that guidance leads away from.
+
+        That of the empty prompt is computed once and kept until a parameter it depends on changes.
+        """
+        if negative_prompt:
+            return self._project(self.null_states(negative_prompt))
+        version = self._parameter_version()
+        if self._kept_null is None or self._kept_null[0] != version:
+            self._kept_null = (version, self._project(self.null_states()))
+        return self._kept_null[1]
+
+    def _parameter_version(self) -> tuple:
+        model = self.model
+        parts = (model.language_model, model.condition_projector)
+        parameters = [model.dream_queries, *(p for part in parts for p in part.parameters())]
+        # PyTorch counts in-place changes; a replaced tensor has another address.
+        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+    @torch.no_grad()
+    def _project(self, states: Tensor) -> Tensor:
+        return self.model.project_condition(states)
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def _encode(self, prompt: Document) -> EncodedDocument:
+        texts = [part.text for part in prompt.parts if isinstance(part, Text)]
+        if not prompt.pictures() and not any(text.strip() for text in texts):
+            raise ValueError(f"{prompt.name or 'the prompt'} is empty; give it text or a picture")
+        encoded = self.processor.encode(replace(prompt, overflow="error"))
+        check_encoded(encoded, self.layout)
+        return encoded
+
+    def _check_room(self, encoded: EncodedDocument, options: GenerationOptions) -> None:
+        needed = 1
+        if options.pictures == "force":
+            needed = self.layout.dream_length
+            needed += self.layout.image_length + 1 if options.max_new_tokens else 0
+        excess = len(encoded) + needed - self.layout.max_length
+        if excess > 0:
+            what = "a picture" if options.pictures == "force" else "an answer"
+            raise ValueError(
+                f"{encoded.name or 'the prompt'} of {len(encoded)} tokens leaves no room for {what}: it is {excess} "
+                f"tokens too long for the context of {self.layout.max_length}"
+            )
+
+    def _embed(self, documents: Sequence[EncodedDocument]) -> list[Tensor]:
+        ids = torch.tensor([i for document in documents for i in document.input_ids], device=self.model.device)
+        images = [load_picture(source) for document in documents for source in document.images]
+        features = self._features(images) if images else None
+        slots = find_slots(ids[None], self.layout, first_call=True)
+        embeds = self.model.embed(ids, slots.splice_index(len(images), queries=True), features)
+        return list(embeds.split([len(document) for document in documents]))
+
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.model.encode_images(self.processor.vision(images).to(self.model.device))
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _answer_batch(
+        self,
+        documents: Sequence[EncodedDocument],
+        seeds: Sequence[int],
+        options: GenerationOptions,
+        drawing: DrawingOptions,
+        progress: Progress | None,
+    ) -> list[Answer]:
+        cache = Rows(self.model, len(documents))
+        states = cache.advance(self._embed(documents))
+        forced = options.pictures == "force"
+        requests = [
+            _Request(options, drawing, seed, len(document), s[-1], torch.Generator().manual_seed(seed), forced)
+            for document, seed, s in zip(documents, seeds, states, strict=True)
+        ]
+        active = list(requests)
+        while active:
+            # Who waits for a picture waits until everyone does, so that pictures are drawn together.
+            if all(request.draws_now for request in active):
+                active = self._draw_pictures(cache, active, progress)
+            else:
+                active = self._write_tokens(cache, active)
+        return [self._finish(request) for request in requests]
+
+    def _write_tokens(self, cache: Rows, active: list[_Request]) -> list[_Request]:
+        """One token for every request that is writing."""
+        writing = [request for request in active if not request.draws_now]
+        logits = self.model.get_output_embeddings()(torch.stack([request.last for request in writing]))
+        for request, row in zip(writing, logits, strict=True):
+            self._take(request, self._choose(request, row))
+        active = _unfinished(cache, active)
+        fed = [request for request in active if not request.draws_now]
+        if fed:
+            table = self.model.get_input_embeddings()
+            nothing = torch.zeros(0, dtype=torch.long, device=self.model.device)
+            tokens = [nothing if request.draws_now else nothing.new_tensor(request.chosen[-1:]) for request in active]
+            states = cache.advance([table(token) for token in tokens])
+            for request, state in zip(active, states, strict=True):
+                if not request.draws_now:
+                    request.last = state[-1]
+        return active
+
+    def _choose(self, request: _Request, logits: Tensor) -> int:
+        forbidden = self._never
+        if not self._may_draw(request):
+            forbidden = forbidden.clone()
+            forbidden[self.layout.dream_start] = True
+        o = request.options
+        return choose_token(logits, forbidden, o.temperature, o.top_p, o.top_k, request.generator)
+
+    def _may_draw(self, request: _Request) -> bool:
+        most = request.options.max_pictures
+        fits = request.length + self.layout.dream_length + self.layout.image_length <= self.layout.max_length
+        return fits and request.options.pictures != "forbid" and (most is None or request.num_drawn < most)
+
+    def _take(self, request: _Request, token: int) -> None:
+        request.chosen.append(token)
+        if token == self.layout.dream_start:
+            request.draws_now = True
+            return
+        request.length += 1
+        if token == self.layout.eos:
+            request.stopped = "end"
+            return
+        request.text_ids.append(token)
+        request.stopped = self._limit(request)
+
+    def _limit(self, request: _Request) -> Stopped | None:
+        if len(request.chosen) >= request.options.max_new_tokens:
+            return "length"
+        return "context" if request.length >= self.layout.max_length else None
+
+    def _draw_pictures(self, cache: Rows, active: list[_Request], progress: Progress | None) -> list[_Request]:
+        """A picture for every request: queries on the cache, denoising, and the picture's features on the cache."""
+        condition = self._project(self._dream(cache, len(active)))
+        drawing = active[0].drawing
+        seeds = [
+            picture_seed(request.seed, request.num_drawn + candidate)
+            for request in active
+            for candidate in range(drawing.candidates)
+        ]
+        null = self.null_condition(drawing.negative_prompt) if drawing.guided else None
+        drawn = iter(draw(self.model, condition, null, drawing, seeds, progress=progress))
+        for request in active:
+            self._close_text(request)
+            for _ in range(drawing.candidates):
+                request.parts.append(Picture(to_pil(next(drawn)), comprehension=True, creation=True))
+            request.num_drawn += drawing.candidates
+            request.draws_now = False
+            request.length += self.layout.dream_length + self.layout.image_length
+            request.stopped = self._limit(request)
+        active = _unfinished(cache, active)
+        if active:
+            states = cache.advance(self._picture_pieces([request.parts[-1].source for request in active]))
+            for request, state in zip(active, states, strict=True):
+                request.last = state[-1]
+        return active
+
+    def _dream_states(self, documents: Sequence[EncodedDocument]) -> Tensor:
+        states = []
+        for start in range(0, len(documents), self.batch_size):
+            batch = documents[start : start + self.batch_size]
+            cache = Rows(self.model, len(batch))
+            cache.advance(self._embed(batch))
+            states.append(self._dream(cache, len(batch)))
+        return torch.cat(states)
+
+    def _dream(self, cache: Rows, count: int) -> Tensor:
+        """`<dream_start>`, the queries and `<dream_end>` in one pass; the states at the queries, [B, Q, H]."""
+        ids = torch.tensor(self.layout.dream_ids(), device=self.model.device)
+        index = torch.full_like(ids, -1)
+        index[1:-1] = torch.arange(self.layout.num_dream_queries, device=self.model.device)
+        piece = self.model.embed(ids, index, None)
+        return torch.stack(cache.advance([piece] * count))[:, 1:-1]
+
+    def _picture_pieces(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
+        ids = torch.tensor([self.layout.im_start, self.layout.im_end], device=self.model.device)
+        start, end = self.model.get_input_embeddings()(ids).split(1)
+        features = self._features([load_picture(picture) for picture in pictures])
+        return [torch.cat([start, f.to(start.dtype), end]) for f in features]
+
+    def _close_text(self, request: _Request) -> None:
+        text = self.processor.decode_text(request.text_ids)
+        request.text_ids = []
+        if text:
+            request.parts.append(Text(text))
+
+    def _finish(self, request: _Request) -> Answer:
+        self._close_text(request)
+        assert request.stopped is not None
+        if request.stopped == "end":
+            request.parts.append(End())
+        return Answer(Document(tuple(request.parts), "error", "answer"), tuple(request.chosen), request.stopped)
+
+
+def _unfinished(cache: Rows, active: list[_Request]) -> list[_Request]:
+    rows = [row for row, request in enumerate(active) if request.stopped is None]
+    if rows and len(rows) < len(active):
+        cache.keep(rows)
+    return [active[row] for row in rows]
+
+
+def _never_chosen(model: DreamLLM, processor: DreamLLMProcessor) -> Tensor:
+    """bool [vocabulary]: markers that only the program places, and ids the tokenizer does not know."""
+    vocabulary = processor.tokenizer.get_vocab()
+    markers = {vocabulary[token] for token in SPECIAL_TOKENS if token != "<dream_start>" and token in vocabulary}
+    never = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    never[[i for i in vocabulary.values() if i < model.config.vocab_size]] = False
+    never[[*markers, model.layout.pad]] = True
+    return never.to(model.device)
+
+
+@contextmanager
+def _evaluating(model: DreamLLM) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,34 @@
+"""Logits -> the next token of one sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def choose_token(
+    logits: Tensor,
+    forbidden: Tensor,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Chooses from logits [vocabulary]; `forbidden` (bool, same shape) are never chosen.
+
+    Temperature 0 takes the most likely token. Otherwise the distribution at that temperature is cut to the `top_k`
+    most likely tokens (0: all) and to the smallest set whose probability reaches `top_p`, and one is drawn with
+    `generator` (a CPU generator).
+    """
+    logits = logits.float().masked_fill(forbidden, float("-inf"))
+    if temperature == 0.0:
+        return int(logits.argmax())
+    probabilities, tokens = torch.softmax((logits - logits.max()).cpu() / temperature, dim=-1).sort(
+        descending=True, stable=True
+    )
+    if top_k:
+        probabilities[top_k:] = 0.0
+        probabilities = probabilities / probabilities.sum()
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[before >= top_p] = 0.0
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
