@@ -191,6 +191,8 @@ class _Chat:
                 self._dialogue.forget()
                 self._waiting = []
                 print("The dialogue starts anew.")
+            elif command == "/image" and not argument.strip():
+                print("Name a file: /image FILE")
             elif command == "/image":
                 self._waiting.append(load_picture(Path(argument.strip().strip('"')).expanduser()))
                 print("The picture goes with your next message.")
@@ -198,7 +200,7 @@ class _Chat:
                 print(f"Unknown command {printable(command)}; /help lists them.")
             else:
                 self._answer(line)
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError) as error:
             print(f"Cannot answer: {printable(str(error))}")
 
     def _answer(self, line: str) -> None:
@@ -249,7 +251,7 @@ def _question(assistant: Assistant, text: str, images: Sequence[Path], templated
     sources = [Path(image) for image in images]
     if templated:
         return Dialogue(assistant.engine.processor.template).ask(text, sources)
-    return prompt(text, sources)
+    return prompt_document(text, sources)
 
 
 def _shown_question(text: str, images: Sequence[Path]) -> Document:

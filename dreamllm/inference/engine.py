@@ -177,8 +177,8 @@ class Engine:
         if excess > 0:
             what = "a picture" if options.pictures == "force" else "an answer"
             raise ValueError(
-                f"{encoded.name or 'the prompt'} of {len(encoded)} tokens leaves no room for {what}: it is {excess} "
-                f"tokens too long for the context of {self.layout.max_length}"
+                f"{encoded.name or 'the prompt'} of {len(encoded)} tokens leaves no room for {what}: shorten it by "
+                f"{excess} (the context holds {self.layout.max_length} tokens)"
             )
 
     def _embed(self, documents: Sequence[EncodedDocument]) -> list[Tensor]:
