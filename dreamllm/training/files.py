@@ -1,0 +1,72 @@
+"""Files and folders that are either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dreamllm.training.errors import SaveError
+
+PARTIAL = ".partial"
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes `values` beside `path` and renames. Raises `SaveError`."""
+    try:
+        partial = path.with_name(path.name + PARTIAL)
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        _sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise SaveError(f"{path} could not be written: {error}") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], what: str) -> None:
+    """Lets `fill` write into a folder beside `folder` and renames it when complete, replacing what was there.
+
+    Raises `SaveError` when something cannot be written; then the half-written folder is removed.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        for path in partial.rglob("*"):
+            _sync(path)
+        _sync(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+        _sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"{what} could not be written to {folder}: {_first_line(error)}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Creates `folder`. Raises `SaveError` when it cannot be created or written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write{PARTIAL}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SaveError(f"folder {folder} cannot be written: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
