@@ -152,7 +152,7 @@ class Plan:
             command = [nvcc, *flags, "-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
             library.objects.append(Step(target, [source], command, makes_depfile=True))
         objects = [step.output for step in library.objects]
-        link = [nvcc, "-shared", "-cudart", "static", *map(str, objects), *self.torch_link, "-o", str(output)]
+        link = [nvcc, "-shared", "-cudart", "static", *generate, *map(str, objects), *self.torch_link, "-o", str(output)]
         library.link = Step(output, objects, link)
         return library
 

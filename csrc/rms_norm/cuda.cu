@@ -10,12 +10,11 @@
 #include "common/cuda.h"
 
 namespace dreamkernels::rms_norm {
-namespace {
+namespace kernels {  // not anonymous: nvcc would put the number of its process into their names
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
+template <int kThreads>
 __device__ float block_sum(float value) {
+  constexpr int kWarps = kThreads / 32;
   __shared__ float warp_sums[kWarps];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
@@ -25,7 +24,7 @@ __device__ float block_sum(float value) {
   return total;
 }
 
-template <class E, int kVector, int kPacks, bool kResidual>
+template <class E, int kVector, int kPacks, int kThreads, bool kResidual>
 __global__ void __launch_bounds__(kThreads)
 rms_norm_forward(const E* __restrict__ x, const E* __restrict__ residual, const E* __restrict__ weight, E* __restrict__ y,
                  E* __restrict__ new_residual, int width, float eps) {
@@ -51,7 +50,7 @@ rms_norm_forward(const E* __restrict__ x, const E* __restrict__ residual, const 
       squares = fmaf(v, v, squares);
     }
   }
-  const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(width) + eps);
+  const float rstd = rsqrtf(block_sum<kThreads>(squares) / static_cast<float>(width) + eps);
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     const int pack = threadIdx.x + k * kThreads;
@@ -67,6 +66,10 @@ rms_norm_forward(const E* __restrict__ x, const E* __restrict__ residual, const 
   }
 }
 
+}  // namespace kernels
+
+namespace {
+
 struct Job {
   const void *x, *residual, *weight;
   void *y, *new_residual;
@@ -75,25 +78,26 @@ struct Job {
   cudaStream_t stream;
 };
 
-template <class E, int kVector, int kPacks>
+template <class E, int kVector, int kPacks, int kThreads>
 void launch(const Job& job) {
-  const auto kernel = job.residual ? rms_norm_forward<E, kVector, kPacks, true> : rms_norm_forward<E, kVector, kPacks, false>;
+  const auto kernel = job.residual ? kernels::rms_norm_forward<E, kVector, kPacks, kThreads, true>
+                                   : kernels::rms_norm_forward<E, kVector, kPacks, kThreads, false>;
   kernel<<<static_cast<unsigned>(job.rows), kThreads, 0, job.stream>>>(
       static_cast<const E*>(job.x), static_cast<const E*>(job.residual), static_cast<const E*>(job.weight), static_cast<E*>(job.y),
       static_cast<E*>(job.new_residual), static_cast<int>(job.width), job.eps);
   check_launch("rms_norm");
 }
 
-// The smallest number of packs per thread that holds a row.
+// The smallest block that holds a row in registers.
 template <class E, int kVector>
 void launch_for_width(const Job& job) {
-  const int64_t packs_per_thread = (job.width + kThreads * kVector - 1) / (kThreads * kVector);
-  if (packs_per_thread <= 1) return launch<E, kVector, 1>(job);
-  if (packs_per_thread <= 2) return launch<E, kVector, 2>(job);
-  if (packs_per_thread <= 4) return launch<E, kVector, 4>(job);
-  if (packs_per_thread <= 8) return launch<E, kVector, 8>(job);
-  fail("rms_norm: width ", job.width, " is not supported on cuda by implementation=\"cuda\" (at most ", 8 * kThreads * kVector,
-       " here); choose implementation=\"triton\"");
+  if (job.width <= 1 * 256 * kVector) return launch<E, kVector, 1, 256>(job);
+  if (job.width <= 2 * 256 * kVector) return launch<E, kVector, 2, 256>(job);
+  if (job.width <= 4 * 256 * kVector) return launch<E, kVector, 4, 256>(job);
+  if (job.width <= 2 * 1024 * kVector) return launch<E, kVector, 2, 1024>(job);
+  if (job.width <= 4 * 1024 * kVector) return launch<E, kVector, 4, 1024>(job);
+  fail("rms_norm: width ", job.width, " is not supported by implementation=\"cuda\" (at most ", 4 * 1024 * kVector,
+       " at this dtype and alignment); choose implementation=\"triton\"");
 }
 
 void run(const Tensor& x, Job job) {

@@ -1,12 +1,12 @@
 // CUDA C++ implementation of splice_embeddings' forward, chosen by implementation="cuda" (Triton is the default on CUDA).
 //
-// One warp-multiple block per row: the row's source is looked up once, then the row is copied in 16-byte pieces. The sources are passed
+// One block per row: the row's source is looked up once, then the row is copied in 16-byte pieces. The sources are passed
 // by value, kSources at a time; a launch handles the rows whose source is among them (and, in the first launch, the kept tokens), so
 // every row is still read once and written once.
 #include "common/cuda.h"
 
 namespace dreamkernels::splice_embeddings {
-namespace {
+namespace kernels {  // not anonymous: nvcc would put the number of its process into their names
 
 constexpr int kThreads = 128;
 constexpr int kSources = 16;
@@ -37,6 +37,10 @@ splice_rows(const Unit* __restrict__ tokens, const Id* __restrict__ index, Unit*
   for (int64_t i = threadIdx.x; i < units; i += kThreads) out[t * units + i] = from[i];
 }
 
+}  // namespace kernels
+
+namespace {
+
 template <class Unit>
 void launch(const Tensor& tokens, const std::vector<Tensor>& sources, const Tensor& index, const Tensor& out, int64_t row_bytes) {
   int64_t total = 0;
@@ -44,25 +48,25 @@ void launch(const Tensor& tokens, const std::vector<Tensor>& sources, const Tens
   const auto stream = current_stream(tokens);
   const unsigned rows = static_cast<unsigned>(tokens.size(0));
   int64_t start = 0;
-  for (size_t first = 0; first == 0 || first < sources.size(); first += kSources) {
-    Sources group{};
-    for (int s = 0; s < kSources; ++s) {
+  for (size_t first = 0; first == 0 || first < sources.size(); first += kernels::kSources) {
+    kernels::Sources group{};
+    for (int s = 0; s < kernels::kSources; ++s) {
       group.start[s] = start;
       if (first + s < sources.size()) {
         group.data[s] = sources[first + s].data_ptr();
         start += sources[first + s].size(0);
       }
     }
-    group.start[kSources] = start;
+    group.start[kernels::kSources] = start;
     const int64_t units = row_bytes / static_cast<int64_t>(sizeof(Unit));
     const auto* from = static_cast<const Unit*>(tokens.data_ptr());
     auto* to = static_cast<Unit*>(out.data_ptr());
     if (index.scalar_type() == ScalarType::Long) {
       const auto* ids = static_cast<const int64_t*>(index.data_ptr());
-      splice_rows<<<rows, kThreads, 0, stream>>>(from, ids, to, group, units, total, first == 0);
+      kernels::splice_rows<<<rows, kernels::kThreads, 0, stream>>>(from, ids, to, group, units, total, first == 0);
     } else {
       const auto* ids = static_cast<const int32_t*>(index.data_ptr());
-      splice_rows<<<rows, kThreads, 0, stream>>>(from, ids, to, group, units, total, first == 0);
+      kernels::splice_rows<<<rows, kernels::kThreads, 0, stream>>>(from, ids, to, group, units, total, first == 0);
     }
     check_launch("splice_embeddings");
   }

@@ -12,6 +12,9 @@ import torch
 # Element types as Triton's signatures name them.
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
+# Stated because Triton's default changes in 3.10: a * b + c may become one fma.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class ShippedKernel:
@@ -28,8 +31,9 @@ class ShippedKernel:
 
     @property
     def name(self) -> str:
-        constants = "-".join(f"{key.lower()}{int(value)}" for key, value in self.constants.items())
-        return f"{self.operator}-{TRITON_DTYPES[self.dtype]}-h{self.width}-{constants}-w{self.num_warps}"
+        constants = " ".join(f"{key.lower()}={int(value)}" for key, value in self.constants.items())
+        kernel = self.kernel.__name__.removesuffix("_kernel")
+        return f"{self.operator}.{kernel} {TRITON_DTYPES[self.dtype]} width<={self.width} {constants} warps={self.num_warps}"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ Forward: one program holds ROWS whole rows in registers, so a row is read once a
 
     program p:  rows [p * ROWS, (p + 1) * ROWS) x columns [0, BLOCK), BLOCK = width rounded up to a power of two
 
+Rows too wide for the registers of one program are walked over in blocks, twice (`*_wide_kernel`).
+
 Backward: one program walks over a contiguous chunk of rows and keeps the weight gradient of its chunk in registers; a second kernel adds
 the chunks in their order. The number of chunks is a launch parameter of the architecture, so results repeat bit for bit.
 """
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from dreamkernels.devices import architecture_of, launch_parameters, load_device
-from dreamkernels.ops.launch import TRITON_DTYPES, ShippedKernel, on_device_of
+from dreamkernels.ops.launch import LAUNCH_OPTIONS, TRITON_DTYPES, ShippedKernel, on_device_of
 
 
 @triton.jit
@@ -38,6 +40,33 @@ def forward_kernel(
     normalised = (wide * rstd[:, None]).to(h.dtype).to(tl.float32)
     scale = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
     tl.store(y + at, (normalised * scale[None, :]).to(h.dtype), inside)
+
+
+@triton.jit
+def forward_wide_kernel(x, residual, weight, y, new_residual, width, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        h = tl.load(x + row + column, inside, other=0.0)
+        if RESIDUAL:
+            added = h.to(tl.float32) + tl.load(residual + row + column, inside, other=0.0).to(tl.float32)
+            h = added.to(h.dtype)
+            tl.store(new_residual + row + column, h, inside)
+        wide = h.to(tl.float32)
+        squares += wide * wide
+    rstd = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        h = tl.load(x + row + column, inside, other=0.0)
+        if RESIDUAL:  # added once more: reading new_residual back would need a barrier
+            added = h.to(tl.float32) + tl.load(residual + row + column, inside, other=0.0).to(tl.float32)
+            h = added.to(h.dtype)
+        normalised = (h.to(tl.float32) * rstd).to(h.dtype).to(tl.float32)
+        scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+        tl.store(y + row + column, (normalised * scale).to(h.dtype), inside)
 
 
 @triton.jit
@@ -81,6 +110,53 @@ def backward_kernel(
 
 
 @triton.jit
+def backward_wide_kernel(
+    grad_y,
+    grad_residual,
+    x,
+    weight,
+    grad_x,
+    weight_sums,
+    rows,
+    rows_per_program,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * rows_per_program
+    for row in range(begin, tl.minimum(begin + rows_per_program, rows)):
+        squares = tl.zeros([BLOCK], tl.float32)
+        products = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < width
+            v = tl.load(x + row * width + column, inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_y + row * width + column, inside, other=0.0).to(tl.float32)
+            squares += v * v
+            products += g * tl.load(weight + column, inside, other=0.0).to(tl.float32) * v
+        rstd = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
+        projection = tl.sum(products, axis=0) / width * rstd * rstd * rstd
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < width
+            at = row * width + column
+            v = tl.load(x + at, inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_y + at, inside, other=0.0).to(tl.float32)
+            grad = g * tl.load(weight + column, inside, other=0.0).to(tl.float32) * rstd - v * projection
+            if RESIDUAL:
+                grad += tl.load(grad_residual + at, inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), inside)
+            if WEIGHT:  # the running sum lives in memory here; the first row of the chunk starts it at zero
+                running = weight_sums + program * width + column
+                before = tl.load(running, inside & (row > begin), other=0.0)
+                tl.store(running, before + g * v * rstd, inside)
+        tl.debug_barrier()
+
+
+@triton.jit
 def reduce_kernel(weight_sums, grad_weight, chunks, width, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -101,21 +177,19 @@ def _forward(
     if x.numel():
         rows = x.numel() // width
         launch = launch_parameters(architecture_of(x.device), "rms_norm_forward", width)
+        added = x if residual is None else residual.contiguous()
+        options = {"RESIDUAL": residual is not None, "num_warps": launch["num_warps"], **LAUNCH_OPTIONS}
         with on_device_of(x):
-            forward_kernel[(triton.cdiv(rows, launch["rows_per_program"]),)](
-                x,
-                x if residual is None else residual.contiguous(),
-                weight,
-                y,
-                new_residual,
-                rows,
-                width,
-                eps,
-                RESIDUAL=residual is not None,
-                ROWS=launch["rows_per_program"],
-                BLOCK=triton.next_power_of_2(width),
-                num_warps=launch["num_warps"],
-            )
+            if "block_columns" in launch:
+                forward_wide_kernel[(rows,)](
+                    x, added, weight, y, new_residual, width, eps, BLOCK=launch["block_columns"], **options
+                )
+            else:
+                per_program = launch["rows_per_program"]
+                block = triton.next_power_of_2(width)
+                forward_kernel[(triton.cdiv(rows, per_program),)](
+                    x, added, weight, y, new_residual, rows, width, eps, ROWS=per_program, BLOCK=block, **options
+                )
     return y, new_residual
 
 
@@ -150,7 +224,8 @@ def rms_norm_backward(
     programs = triton.cdiv(rows, rows_per_program)
     weight_sums = x.new_empty((programs, width), dtype=torch.float32) if weight_grad else grad_x
     with on_device_of(x):
-        backward_kernel[(programs,)](
+        kernel = backward_wide_kernel if "block_columns" in launch else backward_kernel
+        kernel[(programs,)](
             grad_y,
             grad_y if grad_residual is None else grad_residual.contiguous(),
             x,
@@ -163,8 +238,9 @@ def rms_norm_backward(
             eps,
             RESIDUAL=grad_residual is not None,
             WEIGHT=weight_grad,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=launch.get("block_columns", triton.next_power_of_2(width)),
             num_warps=launch["num_warps"],
+            **LAUNCH_OPTIONS,
         )
         if weight_grad:
             reduce = launch_parameters(architecture, "rms_norm_reduce", width)
@@ -176,57 +252,63 @@ def rms_norm_backward(
                 CHUNKS=reduce["block_rows"],
                 COLUMNS=reduce["block_columns"],
                 num_warps=reduce["num_warps"],
+                **LAUNCH_OPTIONS,
             )
     return grad_x, grad_weight
+
+
+def _shipped_forward(dtype: torch.dtype, entry: dict[str, int], residual: bool) -> ShippedKernel:
+    pointer = f"*{TRITON_DTYPES[dtype]}"
+    wide = "block_columns" in entry
+    signature = dict.fromkeys(("x", "residual", "weight", "y", "new_residual"), pointer)
+    signature |= {"width": "i32", "eps": "fp32"} if wide else {"rows": "i32", "width": "i32", "eps": "fp32"}
+    shape = {"BLOCK": entry["block_columns"]} if wide else {"ROWS": entry["rows_per_program"], "BLOCK": entry["max_width"]}
+    return ShippedKernel(
+        operator="add_rms_norm" if residual else "rms_norm",
+        kernel=forward_wide_kernel if wide else forward_kernel,
+        dtype=dtype,
+        width=entry["max_width"],
+        signature=signature,
+        constants={"RESIDUAL": residual, **shape},
+        num_warps=entry["num_warps"],
+        divisible_by_16=("width",),
+    )
+
+
+def _shipped_backward(dtype: torch.dtype, entry: dict[str, int], residual: bool, weight: bool) -> ShippedKernel:
+    signature = dict.fromkeys(("grad_y", "grad_residual", "x", "weight", "grad_x"), f"*{TRITON_DTYPES[dtype]}")
+    signature |= {"weight_sums": "*fp32", "rows": "i32", "rows_per_program": "i32", "width": "i32", "eps": "fp32"}
+    block = entry.get("block_columns", entry["max_width"])
+    return ShippedKernel(
+        operator="rms_norm_backward",
+        kernel=backward_wide_kernel if "block_columns" in entry else backward_kernel,
+        dtype=dtype,
+        width=entry["max_width"],
+        signature=signature,
+        constants={"RESIDUAL": residual, "WEIGHT": weight, "BLOCK": block},
+        num_warps=entry["num_warps"],
+        divisible_by_16=("width",),
+    )
 
 
 def shipped_kernels(architecture: str) -> Iterator[ShippedKernel]:
     """Every kernel at every launch parameter of an architecture, at the widest row that each entry serves."""
     table = load_device(architecture).launch
     for dtype, element in TRITON_DTYPES.items():
-        pointer = f"*{element}"
-        for entry in table["rms_norm_forward"]:
-            width = entry["max_width"]
-            tensors = dict.fromkeys(("x", "residual", "weight", "y", "new_residual"), pointer)
-            for residual in (False, True):
-                yield ShippedKernel(
-                    operator="add_rms_norm" if residual else "rms_norm",
-                    kernel=forward_kernel,
-                    dtype=dtype,
-                    width=width,
-                    signature={**tensors, "rows": "i32", "width": "i32", "eps": "fp32"},
-                    constants={"RESIDUAL": residual, "ROWS": entry["rows_per_program"], "BLOCK": width},
-                    num_warps=entry["num_warps"],
-                    divisible_by_16=("width",),
-                )
+        for residual in (False, True):
+            for entry in table["rms_norm_forward"]:
+                yield _shipped_forward(dtype, entry, residual)
+            for entry in table["rms_norm_backward"]:
+                yield _shipped_backward(dtype, entry, residual, weight=True)
         for entry in table["rms_norm_backward"]:
-            width = entry["max_width"]
-            tensors = dict.fromkeys(("grad_y", "grad_residual", "x", "weight", "grad_x"), pointer)
-            for residual in (False, True):
-                yield ShippedKernel(
-                    operator="rms_norm_backward",
-                    kernel=backward_kernel,
-                    dtype=dtype,
-                    width=width,
-                    signature={
-                        **tensors,
-                        "weight_sums": "*fp32",
-                        "rows": "i32",
-                        "rows_per_program": "i32",
-                        "width": "i32",
-                        "eps": "fp32",
-                    },
-                    constants={"RESIDUAL": residual, "WEIGHT": True, "BLOCK": width},
-                    num_warps=entry["num_warps"],
-                    divisible_by_16=("width",),
-                )
+            yield _shipped_backward(dtype, entry, residual=False, weight=False)
         for entry in table["rms_norm_reduce"]:
             yield ShippedKernel(
                 operator="rms_norm_backward",
                 kernel=reduce_kernel,
                 dtype=dtype,
                 width=entry["max_width"],
-                signature={"weight_sums": "*fp32", "grad_weight": pointer, "chunks": "i32", "width": "i32"},
+                signature={"weight_sums": "*fp32", "grad_weight": f"*{element}", "chunks": "i32", "width": "i32"},
                 constants={"CHUNKS": entry["block_rows"], "COLUMNS": entry["block_columns"]},
                 num_warps=entry["num_warps"],
                 divisible_by_16=("width",),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dreamkernels.devices import architecture_of, launch_parameters, load_device
-from dreamkernels.ops.launch import TRITON_DTYPES, ShippedKernel, on_device_of
+from dreamkernels.ops.launch import LAUNCH_OPTIONS, TRITON_DTYPES, ShippedKernel, on_device_of
 
 SOURCES_PER_LAUNCH = 4
 # Row counts differ from batch to batch; specialising on them would compile again and again.
@@ -123,6 +123,7 @@ def splice_embeddings(
                 TOKENS=first == 0,
                 BLOCK=launch["block_columns"],
                 num_warps=launch["num_warps"],
+                **LAUNCH_OPTIONS,
             )
     return out
 
@@ -132,8 +133,9 @@ def _token_gradient(grad: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if grad.numel():
         launch = _launch(grad, "token_grad")
         grid = (grad.shape[0], triton.cdiv(grad.shape[1], launch["block_columns"]))
+        block = launch["block_columns"]
         token_grad_kernel[grid](
-            grad, index, out, grad.shape[1], BLOCK=launch["block_columns"], num_warps=launch["num_warps"]
+            grad, index, out, grad.shape[1], BLOCK=block, num_warps=launch["num_warps"], **LAUNCH_OPTIONS
         )
     return out
 
@@ -166,6 +168,7 @@ def splice_embeddings_backward(
                         width,
                         BLOCK=launch["block_columns"],
                         num_warps=launch["num_warps"],
+                        **LAUNCH_OPTIONS,
                     )
                 gradients.append(out)
             first += count

@@ -1,0 +1,45 @@
+"""The static report as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dreamkernels.report.kernels import KernelReport
+
+_HEADER = ("kernel", "regs", "spill", "shared", "blocks", "occup.", "limited by", "16-byte", "narrower")
+
+
+def _accesses(row: KernelReport) -> tuple[int, int]:
+    wide = sum(count for kind, count in row.global_accesses.items() if kind.endswith((" 16 B", " 32 B")))
+    return wide, sum(row.global_accesses.values()) - wide
+
+
+def as_table(architecture: str, rows: Sequence[KernelReport], problems: Sequence[str]) -> str:
+    """One line per kernel: per thread registers and spilled bytes, per block shared bytes, per multiprocessor blocks and occupancy,
+    and the numbers of 16-byte and of narrower global memory instructions."""
+    table = [_HEADER]
+    for row in rows:
+        wide, narrow = _accesses(row)
+        table.append(
+            (
+                f"{row.source}: {row.name}",
+                str(row.registers),
+                str(row.spill_bytes),
+                str(row.shared_bytes),
+                str(row.blocks_per_sm),
+                f"{100 * row.occupancy:.0f}%",
+                row.limited_by,
+                str(wide),
+                str(narrow),
+            )
+        )
+    widths = [max(len(line[k]) for line in table) for k in range(len(_HEADER))]
+    left = {0, 6}
+    lines = [
+        "  ".join(text.ljust(width) if k in left else text.rjust(width) for k, (text, width) in enumerate(zip(line, widths, strict=True)))
+        for line in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    spilling = sum(bool(row.spill_bytes or row.local_memory_instructions) for row in rows)
+    summary = f"{architecture}: {len(rows)} kernels, {spilling} with spills, {len(problems)} problems against the recorded baseline"
+    return "\n".join([*lines, "", summary, *(f"  {problem}" for problem in problems), ""])
