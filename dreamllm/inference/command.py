@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dreamllm.documents import Document, Picture, Text, load_picture, prompt
+from dreamllm.documents import Document, Picture, Text, load_picture
+from dreamllm.documents import prompt as prompt_document
 from dreamllm.inference.assistant import Assistant, load
 from dreamllm.inference.dialogue import Dialogue
 from dreamllm.inference.drawing import DrawingOptions, Scheduler, drawing_defaults

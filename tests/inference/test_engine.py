@@ -50,7 +50,7 @@ def shown(answer):
     return [part.text if isinstance(part, Text) else type(part).__name__ for part in answer.document.parts]
 
 
-# -- agreement -----------------------------------------------------------------------------------------------------------
+# -- agreement --------------------------------------------------------------------------------
 
 
 def test_the_originals_greedy_continuation():
@@ -91,7 +91,7 @@ def test_an_answer_continues_as_if_its_picture_had_been_in_the_prompt(engine):
     assert again.token_ids == drawn.token_ids
 
 
-# -- independence ----------------------------------------------------------------------------------------------------------
+# -- independence --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50}])
@@ -139,7 +139,7 @@ def test_answering_leaves_the_training_mode_as_it_was(engine):
     engine.model.eval()
 
 
-# -- pictures in the answer ------------------------------------------------------------------------------------------------
+# -- pictures in the answer --------------------------------------------------------------------------------
 
 
 def test_a_forced_picture_comes_first_and_writing_goes_on(engine):
@@ -224,7 +224,7 @@ def test_no_prompts_no_answers(engine):
     assert engine.answers([]) == []
 
 
-# -- sampling --------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------
 
 
 def test_sampled_frequencies_follow_the_distribution():
@@ -260,7 +260,7 @@ def test_a_very_low_temperature_is_greedy():
     assert choose_token(logits, nothing, 1e-30, generator=torch.Generator()) == int(logits.argmax())
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("empty", [Document(()), Document((Text(""),)), Document((Text("  "), End()))])
@@ -284,12 +284,11 @@ def test_more_pictures_than_fit_are_refused(engine):
 
 def full_prompt(engine, length):
     """A prompt of exactly `length` tokens."""
-    piece = engine.processor.encode_text("license")
-    document = Document(tuple(Text("license") for _ in range((length - 1) // len(piece))), name="the prompt")
-    rest = length - len(engine.processor.encode(document))
-    document = Document((*document.parts, *(End() for _ in range(rest))), name="the prompt")
-    assert len(engine.processor.encode(document)) == length
-    return document
+    parts = [Text("license")]
+    while len(engine.processor.encode(Document((*parts, Text("license")), "cut"))) < length:
+        parts.append(Text("license"))
+    rest = length - len(engine.processor.encode(Document(tuple(parts), "error")))
+    return Document((*parts, *[End()] * rest), name="the prompt")
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(engine):
