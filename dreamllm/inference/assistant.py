@@ -15,7 +15,8 @@ from dreamllm.inference.options import Answer, GenerationOptions
 from dreamllm.model import CheckpointError, DreamLLM, DreamLLMProcessor
 
 _FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_ALTERNATIVES = (("tokenizer.json", "tokenizer.model"), ("model.safetensors", "model.safetensors.index.json"))
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Assistant:
@@ -108,13 +109,14 @@ def load(
     files that are missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError` when there
     is no such folder.
     """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
     missing = [name for name in _FILES if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        missing.append(" or ".join(_WEIGHTS))
+    missing += [" or ".join(names) for names in _ALTERNATIVES if not any((folder / name).is_file() for name in names)]
     if missing:
         raise CheckpointError(f"model folder {folder} is incomplete; missing: {', '.join(missing)}")
-    model = DreamLLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model = DreamLLM.from_pretrained(folder, dtype=_DTYPES[dtype]).to(device).eval()
     return Assistant(Engine(model, DreamLLMProcessor.from_pretrained(folder), batch_size))

@@ -13,6 +13,7 @@ from shutil import get_terminal_size
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils.logging import disable_progress_bar
 
 from dreamllm.documents import Document, Picture, Text, load_picture
 from dreamllm.documents import prompt as prompt_document
@@ -89,7 +90,7 @@ def generate(
     _check_out(out)
     if draw and (raw or images or pictures != "allow"):
         raise ValueError("draw takes a raw caption and no images; leave raw, images and pictures away")
-    assistant = load(model, device, dtype)
+    assistant = _load(model, device, dtype)
     given = {
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -152,7 +153,7 @@ def chat(
         device: cpu, cuda, cuda:1, ...
         dtype: of the weights: float32, bfloat16 or float16.
     """
-    assistant = load(model, device, dtype)
+    assistant = _load(model, device, dtype)
     drawing = _drawing(assistant, {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler})
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, drawing=drawing
@@ -237,6 +238,11 @@ def _resolve_references(line: str) -> tuple[str, list[Image.Image]]:
         raise ValueError("write @FILE where the picture stands, not <image>")
     pictures = [load_picture(Path(quoted or bare).expanduser()) for quoted, bare in _REFERENCE.findall(line)]
     return _REFERENCE.sub("<image>", line), pictures
+
+
+def _load(model: Path, device: str, dtype: str) -> Assistant:
+    disable_progress_bar()  # the weights' own bar, which also writes where no terminal is
+    return load(model, device, dtype)
 
 
 def _drawing(assistant: Assistant, given: dict) -> DrawingOptions:
