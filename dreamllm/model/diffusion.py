@@ -63,7 +63,8 @@ class NoiseSchedule:
         self.prediction_type: str = scheduler_config.get("prediction_type", "epsilon")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type must be 'epsilon' or 'v_prediction', not {self.prediction_type!r}")
-        self._alphas_cumprod = torch.cumprod(1.0 - _betas(scheduler_config), dim=0)
+        with torch.device("cpu"):  # a model is loaded on the meta device, where a table would have no values
+            self._alphas_cumprod = torch.cumprod(1.0 - _betas(scheduler_config), dim=0)
         self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def alphas_cumprod(self, device: torch.device, table_dtype: torch.dtype = torch.float32) -> Tensor:
