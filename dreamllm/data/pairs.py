@@ -44,9 +44,10 @@ class PairSource(ABC):
 
     def usable(self) -> Iterator[Pair]:
         """The pairs whose picture file and caption are there, in order. Pictures are not decoded."""
-        return filter(None, map(self._pair_or_none, range(len(self))))
+        return filter(None, map(self.usable_pair, range(len(self))))
 
-    def _pair_or_none(self, index: int) -> Pair | None:
+    def usable_pair(self, index: int) -> Pair | None:
+        """`pair(index)`, or None when it cannot be used."""
         try:
             return self.pair(index)
         except BadSampleError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 LINES_PER_STAGE = 5
 
@@ -17,10 +20,10 @@ def say(console: Console, message: str) -> None:
 
 
 class StageProgress:
-    """Progress of one stage of `steps` steps: `advance` each step, `show` each line of metrics."""
+    """Progress of anything with `steps` steps: `advance` each step, `show` what is known of a step."""
 
     def __init__(self, console: Console, name: str, steps: int, done: int) -> None:
-        self.console, self.name, self.steps, self.done = console, name, steps, done
+        self.console, self.name, self.steps, self.shown = console, name, steps, done
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -45,16 +48,16 @@ class StageProgress:
             self._bar.stop()
 
     def advance(self) -> None:
-        self.done += 1
         if self._bar is not None:
             self._bar.advance(self._task)
 
-    def show(self, line: dict[str, Any]) -> None:
-        text = describe_line(line)
+    def show(self, step: int, text: str) -> None:
+        """`text` about step `step`: beside the bar, or as a line of its own each time a fifth of the way is done."""
         if self._bar is not None:
             self._bar.update(self._task, losses=text)
-        elif _is_sparse(line["step"], self.steps, previous=line["step"] - line["steps"]):
-            say(self.console, f"{self.name} step {line['step']}/{self.steps} {text}")
+        elif step * LINES_PER_STAGE // self.steps > self.shown * LINES_PER_STAGE // self.steps:
+            say(self.console, f"{self.name} step {step}/{self.steps} {text}")
+        self.shown = step
 
 
 def describe_line(line: dict[str, Any]) -> str:
@@ -65,6 +68,13 @@ def describe_line(line: dict[str, Any]) -> str:
     return f"{' '.join(losses)} {speed:.1f} documents/s{pictures}"
 
 
-def _is_sparse(step: int, steps: int, previous: int) -> bool:
-    """Whether a fifth of the stage ended between `previous` and `step`."""
-    return step * LINES_PER_STAGE // steps > previous * LINES_PER_STAGE // steps
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars, which would write into ours."""
+    before = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            transformers_logging.enable_progress_bar()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.training.configuration import FREE_TO_CHANGE, RunConfig, RunSettings, StageConfig
@@ -19,7 +18,7 @@ from dreamllm.training.errors import TrainingInterrupted
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
-from dreamllm.training.progress import say
+from dreamllm.training.progress import quiet_transformers, say
 from dreamllm.training.stage import StageResult, StageTrainer
 
 DONE, MODEL, CONFIG = "done.json", "model", "run.json"
@@ -106,18 +105,6 @@ def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProces
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model = DreamLLM.from_pretrained(folder, dtype=torch.float32)
     return model.to("cpu" if device == "auto" else device), DreamLLMProcessor.from_pretrained(folder)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars, which would write into ours."""
-    before = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

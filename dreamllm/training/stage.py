@@ -27,7 +27,7 @@ from dreamllm.training.metrics import (
     record_from_json,
     record_to_json,
 )
-from dreamllm.training.progress import StageProgress, say
+from dreamllm.training.progress import StageProgress, describe_line, say
 from dreamllm.training.step import count, make_optimizer, prepare_model, train_step
 
 RANK = 0
@@ -160,7 +160,7 @@ class StageTrainer:
     def _write_line(self, progress: StageProgress) -> None:
         line = interval_line(self.stage.name, self.interval, self.line_elapsed)
         self.metrics.append(line)
-        progress.show(line)
+        progress.show(line["step"], describe_line(line))
         self.line_elapsed = self.interval[-1].elapsed
         self.interval = []
 
