@@ -6,7 +6,7 @@ from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batc
 from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
 from dreamllm.data.open import UnknownDataError, open_data, open_pairs
 from dreamllm.data.pairs import CaptionInstructions, FolderPairs, Pair, PairMode, Pairs, PairSource
-from dreamllm.data.prepare import Encoder, prepare
+from dreamllm.data.preparation import Encoder, prepare
 from dreamllm.data.problems import BadSampleError, Problem, ProblemLog, TooManyBadSamplesError
 from dreamllm.data.reader import DocumentList, Reader
 from dreamllm.data.seeds import Permutation, derive_seed, uniform

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dreamllm.data.mixture import Draw, Mixture
-from dreamllm.data.prepare import Encoder, Prepared, prepare
+from dreamllm.data.preparation import Encoder, Prepared, prepare
 from dreamllm.data.problems import BadSampleError, Problem, TooManyBadSamplesError
 from dreamllm.data.seeds import uniform
 from dreamllm.documents import PackedBatch

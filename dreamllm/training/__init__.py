@@ -12,7 +12,7 @@ from dreamllm.training.errors import ConfigurationChangedError, NonFiniteLossErr
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.metrics import read_metrics
-from dreamllm.training.run import run
+from dreamllm.training.runner import run
 from dreamllm.training.stage import load_stored_batch
 
 __all__ = [
