@@ -39,7 +39,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   x = row_major(x);
   weight = row_major(weight);
   Tensor y = new_like(x);
-  run_forward(x, {x.data_ptr(), nullptr, weight.data_ptr(), y.data_ptr(), nullptr, width, static_cast<float>(eps)});
+  run_forward(x, {x.data_ptr(), nullptr, weight.data_ptr(), y.data_ptr(), nullptr, width, eps});
   return y;
 }
 
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   Tensor y = new_like(x);
   Tensor new_residual = new_like(x);
   run_forward(x, {x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), new_residual.data_ptr(), width,
-                  static_cast<float>(eps)});
+                  eps});
   return {y, new_residual};
 }
 
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, std::optional<Tensor
   }
   float* weight_sums = sums ? static_cast<float*>(sums->data_ptr()) : nullptr;
   const Backward job{grad_y.data_ptr(), grad_residual ? grad_residual->data_ptr() : nullptr, x.data_ptr(), weight.data_ptr(),
-                     grad_x.data_ptr(), weight_sums, rows, rows_per_chunk, width, static_cast<float>(eps)};
+                     grad_x.data_ptr(), weight_sums, rows, rows_per_chunk, width, eps};
   const Element element = element_of(x, "rms_norm");
   const auto kernel = DK_FOR_ACTIVE_ISA(backward_chunks);
   const int64_t chunk_grain = std::max<int64_t>(1, row_grain(width) / rows_per_chunk);

@@ -46,7 +46,7 @@ void forward(const Forward& job, int64_t begin, int64_t end) {
     E* h = kResidual ? static_cast<E*>(job.new_residual) + row * width : nullptr;
     E* y = static_cast<E*>(job.y) + row * width;
     const float squares = squares_of_row<E, kResidual>(x, residual, h, width);
-    const Vec rstd(1.0f / std::sqrt(squares / static_cast<float>(width) + job.eps));
+    const Vec rstd(static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + job.eps)));
     const E* normalised = kResidual ? h : x;
     // The row is in the first-level cache now. LLaMA rounds the normalised value before it is scaled.
     for_each_vector(width, [&](int64_t i, auto extent) __attribute__((always_inline)) {
@@ -63,7 +63,7 @@ struct RowFactors {
 };
 
 template <class E>
-DK_INLINE RowFactors factors_of_row(const E* grad_y, const E* x, const E* weight, int64_t width, float eps) {
+DK_INLINE RowFactors factors_of_row(const E* grad_y, const E* x, const E* weight, int64_t width, double eps) {
   Vec squares[2], products[2];
   auto step = [&](int64_t i, int k, auto extent) __attribute__((always_inline)) {
     const Vec v = load(x + i, extent);
@@ -77,9 +77,10 @@ DK_INLINE RowFactors factors_of_row(const E* grad_y, const E* x, const E* weight
   }
   for (; i + Vec::width <= width; i += Vec::width) step(i, 0, Full{});
   if (i < width) step(i, 0, Tail{static_cast<int>(width - i)});
-  const float inverse_width = 1.0f / static_cast<float>(width);
-  const float r = 1.0f / std::sqrt(sum(squares[0] + squares[1]) * inverse_width + eps);
-  return {Vec(r), Vec(-r * r * r * sum(products[0] + products[1]) * inverse_width)};
+  // Once per row, so double costs nothing; it leaves the sums as the only inexact part of the factors.
+  const double r = 1.0 / std::sqrt(sum(squares[0] + squares[1]) / static_cast<double>(width) + eps);
+  const double projection = r * r * r * sum(products[0] + products[1]) / static_cast<double>(width);
+  return {Vec(static_cast<float>(r)), Vec(static_cast<float>(-projection))};
 }
 
 // kRows rows at a time, so that the running weight sums are read and written once for all of them.

@@ -12,7 +12,7 @@ struct Forward {
   void* y;
   void* new_residual;  // null exactly when residual is
   int64_t width;
-  float eps;
+  double eps;
 };
 
 struct Backward {
@@ -25,7 +25,7 @@ struct Backward {
   int64_t rows;
   int64_t rows_per_chunk;
   int64_t width;
-  float eps;
+  double eps;
 };
 
 DK_DECLARE_KERNEL(forward_rows, (Element element, const Forward& job, int64_t begin_row, int64_t end_row))

@@ -193,7 +193,7 @@ def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Any:
 def support_matrix() -> list[dict[str, Any]]:
     """One row per operator and implementation: devices with, per device, the dtypes or the reason why it cannot run here."""
     rows = []
-    for operator in OPERATORS.values():
+    for _, operator in sorted(OPERATORS.items()):
         for implementation in IMPLEMENTATIONS:
             if implementation == "cuda" and not operator.cuda:
                 continue
@@ -201,7 +201,7 @@ def support_matrix() -> list[dict[str, Any]]:
             for device_type in ("cpu", "cuda"):
                 reason = operator.unavailable(implementation, device_type)
                 if not reason and device_type == "cuda" and not torch.cuda.is_available():
-                    reason = "registered, but this machine has no CUDA device"
+                    reason = "it is registered, but this machine has no CUDA device"
                 devices[device_type] = {
                     "dtypes": [] if reason else [str(dtype).removeprefix("torch.") for dtype in operator.dtypes],
                     "reason": reason,
