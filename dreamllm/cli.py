@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
 from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
-from dreamllm.training.command import train
+from dreamllm.recipes.command import train
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     subcommands = parser.add_subcommands(dest="command")
     for name, command in COMMANDS.items():
+        documented = {param.arg_name: param.description for param in parse_docstring(command.function.__doc__).params}
         sub = ArgumentParser(formatter_class=_HyphenFormatter, description=_summary(command.function))
         sub.add_argument("--config", action="config", help="YAML file with the options of this command")
         sub.add_function_arguments(command.function, as_positional=False, skip=set(command.positional))
         for argument in command.positional:
-            sub.add_argument(argument, type=_annotation(command.function, argument))
+            sub.add_argument(argument, type=get_type_hints(command.function)[argument], help=documented[argument])
         subcommands.add_subcommand(name, sub, help=_summary(command.function))
     return parser
 
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     name = parsed.command
-    values = _plain(parser.instantiate_classes(parsed)[name])
+    values = _plain(parser.instantiate(parsed)[name])
+    transformers_logging.disable_progress_bar()
     try:
         COMMANDS[name].function(**values)
     except (ValueError, OSError) as error:
@@ -93,7 +97,3 @@ def _plain(values: Namespace) -> dict[str, Any]:
 
 def _summary(function: Callable[..., None]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
-
-
-def _annotation(function: Callable[..., None], argument: str) -> Any:
-    return get_type_hints(function)[argument]

@@ -1,0 +1,92 @@
+"""The `dreamllm` command as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from dreamllm.cli import COMMANDS, build_parser, main
+from tests.golden import reference
+from tests.tiny import NUM_QUERIES, write_components
+
+
+def failure(capsys, *arguments: str) -> str:
+    """What the command prints on standard error when it ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_help_names_every_command_and_documents_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in overview
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        text = capsys.readouterr().out
+        assert "_" not in " ".join(word for word in text.split() if word.startswith("--"))
+
+
+def test_convert_there_and_back(tmp_path, capsys):
+    golden = ["--clip", str(reference.CLIP), "--diffusion", str(reference.DIFFUSION)]
+    main(["convert", "--from-original", str(reference.CHECKPOINT), *golden, str(tmp_path / "ours")])
+    main(["convert", "--to-original", str(tmp_path / "ours"), str(tmp_path / "theirs")])
+    assert f"wrote {tmp_path / 'theirs'}" in capsys.readouterr().out
+    ours = load_file(tmp_path / "theirs" / "model.safetensors")
+    theirs = load_file(reference.CHECKPOINT / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == tensor).all() for name, tensor in theirs.items())
+
+
+def test_assemble_with_options_of_a_configuration_file(tmp_path, capsys):
+    llm, clip, diffusion = write_components(tmp_path)
+    (tmp_path / "options.yaml").write_text(f"options:\n  num_dream_queries: {NUM_QUERIES}\n  template: plain\n")
+    out = tmp_path / "model"
+    folders = ["--llm", str(llm), "--clip", str(clip), "--diffusion", str(diffusion)]
+    main(["assemble", "--config", str(tmp_path / "options.yaml"), *folders, str(out)])
+    assert "M parameters" in capsys.readouterr().out
+    assert load_file(out / "model.safetensors")["dream_queries"].shape == (NUM_QUERIES, 32)
+
+
+def test_folder_in_the_way(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "is not an empty folder" in failure(capsys, "convert", "--to-original", "x", str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "out"], "give either --from-original DIR or --to-original DIR"),
+        (["convert", "--from-original", "a", "out"], "also needs --clip DIR and --diffusion DIR"),
+        (["train", "--recipe", "digist", "--out", "x"], "unknown recipe 'digist'. Did you mean 'digits'?"),
+        (["train", "--recipe", "small", "--out", "x", "--settings.precision", "int4"], "precision"),
+        (["generate", "--modle", "x", "hello"], "modle"),
+        (["generate", "--model", "nowhere", "hello"], "model folder nowhere does not exist"),
+        (["paint"], "paint"),
+    ],
+)
+def test_mistakes_end_with_one_clear_message(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    text = failure(capsys, *arguments)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(ValueError, match="give either"):
+        main(["--traceback", "convert", str(tmp_path / "out")])
+
+
+def test_parser_accepts_both_spellings():
+    parser = build_parser()
+    assert parser.parse_args(["convert", "--from_original=a", "out"]).convert.from_original.name == "a"
+
+
+def test_module_and_version():
+    run = subprocess.run([sys.executable, "-m", "dreamllm", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("dreamllm ")
