@@ -37,7 +37,7 @@ class Seen(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if data.strip() and self.open[-1] not in ("style", "title"):
+        if data.strip() and self.open and self.open[-1] not in ("style", "title"):
             self.seen.append(data.strip())
 
 

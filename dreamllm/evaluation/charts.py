@@ -1,0 +1,93 @@
+"""Small charts as inline SVG. Colours come from the page's CSS variables, so they follow its light or dark style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor, isfinite, log10
+
+from dreamllm.inference.page import escape
+
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 40, 46, 12, 28
+MOST_POINTS = 300
+SMOOTHING = 0.05
+"""Width of the moving average as a share of the curve's points."""
+
+
+def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> str:
+    """One curve over training steps: every point faint, its moving average strong, the last average as a number.
+
+    The vertical axis begins at zero; both axes are linear. Values that are not finite leave a gap nowhere: they are an
+    error (`ValueError`), as is an empty curve.
+    """
+    if not values or len(steps) != len(values) or not all(map(isfinite, values)):
+        raise ValueError(f"{title}: a curve needs as many steps as values, at least one, all finite")
+    steps, values = _thin(steps, values)
+    smooth = moving_average(values, max(1, round(SMOOTHING * len(values))))
+    y_ticks = nice_ticks(max(values))
+    x_ticks = nice_ticks(max(steps), most=4)
+    top, last = y_ticks[-1], max(max(steps), 1e-9)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
+
+    def path(points: Sequence[float]) -> str:
+        return "M" + "L".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, points, strict=True))
+
+    grid = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">{t:g}</text>'
+        for t in y_ticks
+    ]
+    grid += [
+        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{t:g}</text>'
+        for t in x_ticks
+        if t <= last
+    ]
+    end_x, end_y = x(steps[-1]), y(smooth[-1])
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: '
+        f'{values[0]:.3g} at the beginning, {smooth[-1]:.3g} at the end">{"".join(grid)}'
+        f'<path class="raw" d="{path(values)}"/><path class="curve" d="{path(smooth)}"/>'
+        f'<circle class="dot" cx="{end_x:.1f}" cy="{end_y:.1f}" r="2.5"/>'
+        f'<text class="value" x="{end_x + 6:.1f}" y="{end_y + 3.5:.1f}">{smooth[-1]:.3g}</text></svg>'
+    )
+
+
+def interval_chart(share: float, interval: tuple[float, float], target: float | None) -> str:
+    """A share on a scale from 0 to 100%: a bar, its confidence interval, and a mark where the target is."""
+    mark = "" if target is None else f'<i class="target" style="left:{target:.2%}" title="target {target:.0%}"></i>'
+    low, high = interval
+    return (
+        f'<div class="scale"><i class="bar" style="width:{share:.2%}"></i>'
+        f'<i class="interval" style="left:{low:.2%};width:{high - low:.2%}"></i>{mark}</div>'
+    )
+
+
+def moving_average(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the last `width` values (of fewer at the beginning)."""
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+
+
+def nice_ticks(largest: float, most: int = 5) -> list[float]:
+    """0 and round numbers up to at least `largest`, at most `most` of them."""
+    if largest <= 0:
+        return [0.0, 1.0]
+    magnitude = 10.0 ** (floor(log10(largest)) - 1)
+    for factor in (1, 2, 2.5, 5, 10, 20, 25, 50, 100):
+        step = factor * magnitude
+        count = ceil(largest / step - 1e-9)
+        if count <= most - 1:
+            return [round(i * step, 12) for i in range(count + 1)]
+    raise AssertionError(f"no round step for {largest}")
+
+
+def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means over equal groups, so that a long run stays a light page. The mean loss keeps its last step."""
+    size = -(-len(values) // MOST_POINTS)
+    groups = range(0, len(values), size)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in groups]
+    return [steps[min(i + size, len(steps)) - 1] for i in groups], means
