@@ -151,7 +151,7 @@ def backward_wide_kernel(
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), inside)
             if WEIGHT:  # the running sum lives in memory here; the first row of the chunk starts it at zero
                 running = weight_sums + program * width + column
-                before = tl.load(running, inside & (row > begin), other=0.0)
+                before = tl.load(running, column < tl.where(row > begin, width, 0), other=0.0)
                 tl.store(running, before + g * v * rstd, inside)
         tl.debug_barrier()
 
