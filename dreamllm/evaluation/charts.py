@@ -15,7 +15,7 @@ SMOOTHING = 0.05
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> str:
-    """One curve over training steps: every point faint, its moving average strong, the last average as a number.
+    """One curve over training steps: every point faint, its moving average strong; the number is the mean of the last points.
 
     The vertical axis begins at zero; both axes are linear. Values that are not finite leave a gap nowhere: they are an
     error (`ValueError`), as is an empty curve.
@@ -23,9 +23,10 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
     if not values or len(steps) != len(values) or not all(map(isfinite, values)):
         raise ValueError(f"{title}: a curve needs as many steps as values, at least one, all finite")
     steps, values = _thin(steps, values)
-    smooth = moving_average(values, max(1, round(SMOOTHING * len(values))))
+    width = max(1, round(SMOOTHING * len(values)))
+    smooth = moving_average(values, width)
     y_ticks = nice_ticks(max(values))
-    x_ticks = nice_ticks(max(steps), most=4)
+    x_ticks = nice_ticks(max(steps), most=6)
     top, last = y_ticks[-1], max(max(steps), 1e-9)
 
     def x(step: float) -> float:
@@ -47,13 +48,14 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
         for t in x_ticks
         if t <= last
     ]
-    end_x, end_y = x(steps[-1]), y(smooth[-1])
+    final = sum(values[-width:]) / width
+    end_x, end_y = x(steps[-1]), y(final)
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: '
-        f'{values[0]:.3g} at the beginning, {smooth[-1]:.3g} at the end">{"".join(grid)}'
+        f'{values[0]:.3g} at the beginning, {final:.3g} at the end">{"".join(grid)}'
         f'<path class="raw" d="{path(values)}"/><path class="curve" d="{path(smooth)}"/>'
         f'<circle class="dot" cx="{end_x:.1f}" cy="{end_y:.1f}" r="2.5"/>'
-        f'<text class="value" x="{end_x + 6:.1f}" y="{end_y + 3.5:.1f}">{smooth[-1]:.3g}</text></svg>'
+        f'<text class="value" x="{end_x + 6:.1f}" y="{end_y + 3.5:.1f}">{final:.3g}</text></svg>'
     )
 
 
@@ -68,8 +70,13 @@ def interval_chart(share: float, interval: tuple[float, float], target: float | 
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last `width` values (of fewer at the beginning)."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+    """Mean of the about `width` values around each one; of fewer near the ends, evenly on both sides."""
+    means = []
+    for i in range(len(values)):
+        half = min(width // 2, i, len(values) - 1 - i)
+        part = values[i - half : i + half + 1]
+        means.append(sum(part) / len(part))
+    return means
 
 
 def nice_ticks(largest: float, most: int = 5) -> list[float]:

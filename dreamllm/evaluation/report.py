@@ -38,7 +38,7 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
 .lead, .note { color: var(--muted); max-width: 44rem; margin: 0 0 1.4rem; }
 .lead { font-size: 1.15rem; }
 .label { font: 0.82rem/1.35 var(--label); color: var(--muted); }
-.good { color: var(--good); } .bad { color: var(--bad); }
+.verdict { white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); }
 .px { image-rendering: pixelated; display: block; border-radius: 3px; }
 
 .results { display: grid; gap: 1.1rem; margin: 1.5rem 0 0; }
@@ -86,11 +86,14 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
 .document .prompt { margin-bottom: 1rem; }
 .document img.tiny { width: 72px; height: 72px; }
 
-.attention { display: grid; gap: 0.5rem; overflow-x: auto; padding-bottom: 0.3rem; }
+.attention {
+  display: grid; gap: 0.5rem 2rem; overflow-x: auto; padding-bottom: 0.3rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(calc(9rem + 4rem * var(--columns)), 100%), 1fr));
+}
 .attention > div { display: flex; gap: 0.45rem; align-items: center; }
 .attention .label { width: 3rem; flex: none; }
 .attention .px { width: 56px; height: 56px; }
-.attention .px:first-of-type { margin-right: 0.8rem; }
+.attention > div > .px { margin-right: 0.5rem; flex: none; }
 .attention .maps { display: grid; grid-template-columns: repeat(var(--columns), max-content); gap: 0.45rem; }
 footer { margin-top: 4rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) {
@@ -154,7 +157,7 @@ def _results(results: dict[str, Any]) -> str:
         verdict = ""
         if target is not None:
             word, style = ("reached", "good") if value["reached"] else ("missed", "bad")
-            verdict = f' · <span class="{style}">target {target:.0%} {word}</span>'
+            verdict = f' · <span class="verdict {style}">target {target:.0%} {word}</span>'
         low, high = value["interval_95"]
         detail = f"{value['right']} of {value['total']}, 95% interval {low:.1%} to {high:.1%}{verdict}"
         detail = f"{explanation}: {detail}" if explanation else detail
@@ -179,7 +182,7 @@ def _losses(metrics: Sequence[dict[str, Any]]) -> str:
                 chart = line_chart(steps, values, f"{stage}, {LOSSES[kind].lower()}")
                 caption = f'<h3>{escape(str(stage))}</h3><span class="label">{LOSSES[kind]}</span>'
                 figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")
-    note = "Loss over training steps, stage by stage. Faint: as recorded; strong: moving average, with its last value."
+    note = "Loss over training steps, stage by stage. Faint: as recorded; strong: moving average; the number: mean of the last twentieth."
     return f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{"".join(figures)}</div>'
 
 
@@ -240,7 +243,6 @@ def _documents(samples: DigitsSamples) -> str:
 def _attention(samples: DigitsSamples) -> str:
     queries = samples.attention_maps.shape[1]
     shown = min(queries, SHOWN_MAPS)
-    columns = min(shown, 8)
     rows = []
     for number, (picture, maps) in enumerate(zip(samples.attention_pictures, samples.attention_maps, strict=True)):
         low, high = float(maps.min()), float(maps.max())
@@ -251,7 +253,7 @@ def _attention(samples: DigitsSamples) -> str:
         )
         rows.append(
             f'<div><span class="label">{WORDS[number]}</span>{_ink(picture, f"drawn {WORDS[number]}")}'
-            f'<div class="maps" style="--columns:{columns}">{heat}</div></div>'
+            f'<div class="maps">{heat}</div></div>'
         )
     note = (
         f"Where each of the {queries} dream queries acted while the digit on the left was drawn: the UNet's "

@@ -37,8 +37,8 @@ class Proportion:
         return {
             "right": self.right,
             "total": self.total,
-            "share": round(self.share, 4),
-            "interval_95": [round(low, 4), round(high, 4)],
+            "share": round(self.share, 6),
+            "interval_95": [round(low, 6), round(high, 6)],
         }
 
     def __str__(self) -> str:

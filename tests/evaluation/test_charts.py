@@ -66,7 +66,8 @@ def test_one_point_is_a_chart():
 
 
 def test_moving_average():
-    assert moving_average([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert moving_average([1, 2, 6, 4, 5], 3) == [1, 3, 4, 5, 5]
+    assert moving_average([1, 2], 1) == [1, 2]
 
 
 @pytest.mark.parametrize(("steps", "values"), [([], []), ([1], [1.0, 2.0]), ([1], [math.nan])])

@@ -28,5 +28,5 @@ def test_what_is_no_proportion_is_refused(right, total):
 
 def test_as_json_and_as_text():
     value = Proportion(15, 148)
-    assert value.to_json() == {"right": 15, "total": 148, "share": 0.1014, "interval_95": [0.0624, 0.1605]}
+    assert value.to_json() == {"right": 15, "total": 148, "share": 0.101351, "interval_95": [0.062386, 0.160487]}
     assert str(value) == "10.1% (15 of 148, 95% interval 6.2% to 16.0%)"
