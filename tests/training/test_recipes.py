@@ -1,0 +1,161 @@
+"""Recipes by name, and recipe `small` from captioned pictures on disk to a model that loads."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image, ImageDraw
+
+from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.recipes import RECIPES, Recipe, recipe, run_recipe
+from dreamllm.recipes.command import train
+from dreamllm.recipes.components import WordTable, train_tokenizer
+from dreamllm.training import ConfigurationChangedError, RunSettings, read_metrics
+from tests.data.pictures import write_tar
+from tests.tiny import write_components
+
+COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square", "triangle")
+SETTINGS = RunSettings(num_threads=1, log_every=1, device="cpu")
+
+
+def shape(number: int) -> tuple[bytes, str]:
+    """A PNG of 24 x 24 pixels with a coloured shape, and its caption."""
+    colour, kind = COLOURS[number % 3], SHAPES[number // 3 % 3]
+    left, top = 1 + number % 5, 1 + number % 7
+    box = (left, top, left + 15, top + 15)
+    image = Image.new("RGB", (24, 24), "white")
+    draw = ImageDraw.Draw(image)
+    if kind == "circle":
+        draw.ellipse(box, fill=colour)
+    elif kind == "square":
+        draw.rectangle(box, fill=colour)
+    else:
+        draw.polygon([(left, top + 15), (left + 15, top + 15), (left + 7, top)], fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue(), f"a {colour} {kind}"
+
+
+def write_shapes(folder: Path, kind: str) -> Path:
+    """Forty shapes as a folder of pictures and texts or as one webdataset tar."""
+    folder.mkdir()
+    members = {}
+    for i in range(40):
+        picture, caption = shape(i)
+        members |= {f"{i:03d}.png": picture, f"{i:03d}.txt": caption.encode()}
+    if kind == "tar":
+        return write_tar(folder / "shapes.tar", members)
+    for name, data in members.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("folder", 0.03), ("tar", 0.02)])
+def test_small_trains_on_captioned_pictures_from_disk(tmp_path, kind, scale):
+    data = write_shapes(tmp_path / "data", kind)
+    out = tmp_path / "out"
+    train("small", out, data, scale=scale, settings=SETTINGS)
+    lines = read_metrics(out)
+    steps = {"stage1": round(300 * scale), "stage2": round(400 * scale), "stage3": round(200 * scale)}
+    assert [line["stage"] for line in lines] == [name for name, count in steps.items() for _ in range(count)]
+    stage2 = [line["lm_loss"] for line in lines if line["stage"] == "stage2"]
+    assert sum(stage2[-3:]) < 0.9 * sum(stage2[:3])
+    model, processor = DreamLLM.from_pretrained(out / "model"), DreamLLMProcessor.from_pretrained(out / "model")
+    assert model.config.picture_size == 16
+    assert model.config.drawing["guidance_scale"] == 2.0
+    assert processor.decode_text(processor.encode_text("a green circle")) == "a green circle"
+    before = (out / "model/model.safetensors").stat().st_mtime_ns
+    train("small", out, data, scale=scale, settings=SETTINGS)
+    assert (out / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_small_starts_from_given_components(tmp_path):
+    data = write_shapes(tmp_path / "data", "folder")
+    components = tmp_path / "components"
+    write_components(components, vae=True)
+    train("small", tmp_path / "out", data, components=components, scale=0.005, settings=SETTINGS)
+    model = DreamLLM.from_pretrained(tmp_path / "out/model")
+    assert model.config.num_dream_queries == 64
+    start = DreamLLM.from_pretrained(tmp_path / "out/start")
+    assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), start.unet.parameters(), strict=True))
+    assert not (tmp_path / "out/components").exists()
+
+
+def test_components_folder_must_be_complete(tmp_path):
+    data = write_shapes(tmp_path / "data", "folder")
+    (tmp_path / "components/llm").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"lacks clip, diffusion; llm, clip and diffusion are needed"):
+        train("small", tmp_path / "out", data, components=tmp_path / "components")
+
+
+def test_a_run_folder_keeps_to_its_arguments(tmp_path):
+    data = write_shapes(tmp_path / "data", "folder")
+    train("small", tmp_path / "out", data, scale=0.001, settings=SETTINGS)
+    with pytest.raises(ConfigurationChangedError, match=r"seed: 42 there, 7 now"):
+        train("small", tmp_path / "out", data, seed=7, scale=0.001, settings=SETTINGS)
+    stored = json.loads((tmp_path / "out/recipe.json").read_text())["configuration"]
+    assert stored["recipe"] == "small"
+    assert stored["pairs"] == 40
+
+
+def test_data_without_a_usable_pair_is_an_error(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"not a picture")
+    (tmp_path / "x.txt").write_text("caption")
+    with pytest.raises(ValueError, match=r"none of the 1 pairs of .* has a readable picture and a caption"):
+        train("small", tmp_path / "out", tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        train("small", tmp_path / "out", tmp_path / "nowhere")
+
+
+def test_an_unknown_recipe_lists_the_known_ones(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"(?s)unknown recipe 'smal'\. Did you mean 'small'\? Known recipes:.*  small: "
+    ):
+        train("smal", tmp_path)
+    with pytest.raises(ValueError, match=r"unknown recipe 'xyz'\. Known recipes"):
+        recipe("xyz")
+
+
+def test_options_that_a_recipe_does_not_take_or_needs_are_errors(tmp_path, monkeypatch):
+    taken = {}
+
+    def plain(out: Path, seed: int) -> Path:
+        taken.update(out=out, seed=seed)
+        return out
+
+    monkeypatch.setitem(RECIPES, "plain", Recipe(plain, "takes no data"))
+    with pytest.raises(ValueError, match="recipe 'plain' does not take --data; it takes --out, --seed"):
+        train("plain", tmp_path, data=tmp_path)
+    train("plain", tmp_path, seed=3)
+    assert taken == {"out": tmp_path, "seed": 3}
+    with pytest.raises(ValueError, match="recipe 'small' needs --data"):
+        train("small", tmp_path)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        run_recipe("small", out=tmp_path, data=tmp_path, scale=-1.0)
+
+
+def test_the_tokenizer_knows_the_captions_words_and_spells_the_rest_in_bytes():
+    captions = [shape(i)[1] for i in range(9)]
+    proto = train_tokenizer(captions * 3, 1000)
+    assert proto == train_tokenizer(captions * 3, 1000)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    assert pieces.encode("a green circle", out_type=str) == ["▁a", "▁green", "▁circle"]
+    assert pieces.decode(pieces.encode("größer")) == "größer"
+    assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
+
+
+def test_word_numbers_leave_room_for_padding_and_unknown_words():
+    words = WordTable(["a red circle", "a blue square, a"], limit=3)
+    rows = words.rows(["A red", "something", ""])
+    assert len(words) == 5
+    assert rows.shape == (3, 2)
+    assert rows[0, 0] == 2  # the most frequent word
+    assert rows[1].tolist() == [1, 0]
+    assert rows[2].tolist() == [1, 0]
+    assert math.prod(words.rows(["a"] * 4).shape) == 4
