@@ -141,7 +141,6 @@ def _register_autograd(operator: Operator, autograd: Autograd) -> None:
 _choices: dict[tuple[str, str, str], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def choose(name: str, implementation: str, device_type: str) -> str:
     """Which implementation of an operator a call runs: one of IMPLEMENTATIONS, never "auto".
 
@@ -153,6 +152,11 @@ def choose(name: str, implementation: str, device_type: str) -> str:
     if chosen is None:
         chosen = _choices[key] = _choose(*key)
     return chosen
+
+
+# What torch.compiler.assume_constant_result does: torch.compile runs the function while tracing and keeps its result. The decorator itself
+# would import torch._dynamo, which takes longer than everything else here together.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(name: str, implementation: str, device_type: str) -> str:
