@@ -15,10 +15,10 @@ SMOOTHING = 0.05
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> str:
-    """One curve over training steps: every point faint, its moving average strong; the number is the mean of the last points.
+    """One curve over training steps: every point faint, its moving average strong, the mean of the last as a number.
 
-    The vertical axis begins at zero; both axes are linear. Values that are not finite leave a gap nowhere: they are an
-    error (`ValueError`), as is an empty curve.
+    The vertical axis begins at zero; both axes are linear. Raises `ValueError` for an empty curve and for values that
+    are not finite.
     """
     if not values or len(steps) != len(values) or not all(map(isfinite, values)):
         raise ValueError(f"{title}: a curve needs as many steps as values, at least one, all finite")

@@ -182,7 +182,10 @@ def _losses(metrics: Sequence[dict[str, Any]]) -> str:
                 chart = line_chart(steps, values, f"{stage}, {LOSSES[kind].lower()}")
                 caption = f'<h3>{escape(str(stage))}</h3><span class="label">{LOSSES[kind]}</span>'
                 figures.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")
-    note = "Loss over training steps, stage by stage. Faint: as recorded; strong: moving average; the number: mean of the last twentieth."
+    note = (
+        "Loss over training steps, stage by stage. Faint: as recorded; strong: moving average; "
+        "the number: mean of the last twentieth."
+    )
     return f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{"".join(figures)}</div>'
 
 
