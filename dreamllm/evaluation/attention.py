@@ -9,6 +9,7 @@ from math import isqrt
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -62,7 +63,9 @@ class CrossAttentionRecorder:
 
 
 @contextmanager
-def recorded_attention(unet: torch.nn.Module, count: int, size: tuple[int, int]) -> Iterator[CrossAttentionRecorder]:
+def recorded_attention(
+    unet: UNet2DConditionModel, count: int, size: tuple[int, int]
+) -> Iterator[CrossAttentionRecorder]:
     """Records the cross-attention of `count` pictures drawn inside, as maps of `size`; restores the UNet after."""
     before = unet.attn_processors
     recorder = CrossAttentionRecorder(count, size)

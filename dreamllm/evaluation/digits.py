@@ -214,7 +214,7 @@ def _draw_digits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drawn digits uint8 [10 * n, 8, 8] and the numbers they should show."""
     wanted = np.repeat(np.arange(10), options.created_per_digit)
-    captions = [caption_of(options.captions[i % len(options.captions)], n) for i, n in enumerate(wanted)]
+    captions = [caption_of(options.captions[i % len(options.captions)], n) for i, n in enumerate(wanted.tolist())]
     seeds = range(options.seed, options.seed + len(wanted))
     drawn = Assistant(engine).draw_many(captions, seeds, drawing, bar.begin("drawing digits"))
     return to_uint8([picture for (picture,) in drawn]), wanted
@@ -232,7 +232,7 @@ def _continue_counting(
     rng = np.random.default_rng(options.seed)
     first = np.arange(options.counting_documents) % 8
     prompts = []
-    for number in first:
+    for number in first.tolist():
         parts: list[Part] = []
         for shown in (number, number + 1):
             scan = pictures[rng.choice(np.flatnonzero(labels == shown))]

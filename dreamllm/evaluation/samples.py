@@ -45,15 +45,12 @@ class DigitsSamples:
             "instructions": list(self.instructions),
             "documents": [_to_json(document, drawn) for document in self.documents],
         }
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"document_picture_{i}": picture for i, picture in enumerate(drawn)}
+        arrays["texts"] = np.array(json.dumps(texts))
         partial = path.with_name(f"{path.name}.partial")
         with open(partial, "wb") as file:
-            np.savez_compressed(
-                file,
-                **arrays,
-                **{f"document_picture_{i}": picture for i, picture in enumerate(drawn)},
-                texts=np.array(json.dumps(texts)),
-            )
+            np.savez_compressed(file, **arrays)
         partial.replace(path)
 
     @staticmethod

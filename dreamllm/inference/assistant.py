@@ -118,5 +118,5 @@ def load(
     missing += [" or ".join(names) for names in _ALTERNATIVES if not any((folder / name).is_file() for name in names)]
     if missing:
         raise CheckpointError(f"model folder {folder} is incomplete; missing: {', '.join(missing)}")
-    model = DreamLLM.from_pretrained(folder, dtype=_DTYPES[dtype]).to(device).eval()
+    model = DreamLLM.from_pretrained(folder, dtype=_DTYPES[dtype]).to(device).eval()  # type: ignore[arg-type]
     return Assistant(Engine(model, DreamLLMProcessor.from_pretrained(folder), batch_size))

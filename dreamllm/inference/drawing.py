@@ -20,7 +20,7 @@ Scheduler = Literal["ddpm", "ddim", "dpm++"]
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, denoising steps in all)."""
 
-_SCHEDULERS = {
+_SCHEDULERS: dict[str, tuple[Any, dict[str, str]]] = {
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
@@ -147,7 +147,8 @@ def _denoise(
         halves = latents if null_condition is None else torch.cat([latents, latents])
         predicted = model.unet(halves.to(model.unet.dtype), timestep, context).sample.float()
         if null_condition is not None:
-            predicted = _guide(*reversed(predicted.chunk(2)), options)
+            unconditional, conditional = predicted.chunk(2)
+            predicted = _guide(conditional, unconditional, options)
         latents = scheduler.step(predicted, timestep, latents, generator=generators, **extra).prev_sample
         tick(done)
     return latents

@@ -30,7 +30,9 @@ from dreamllm.model.slots import find_slots
 
 @dataclass
 class _Request:
-    """One answer in the making. `length` counts positions, `last` is the state that the next token is chosen from."""
+    """One answer in the making. `length` counts positions, `last` is the state that the next token is chosen
+    from, `latest` the picture drawn last.
+    """
 
     options: GenerationOptions
     drawing: DrawingOptions
@@ -43,6 +45,7 @@ class _Request:
     text_ids: list[int] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
     num_drawn: int = 0
+    latest: Image.Image | None = None
     stopped: Stopped | None = None
 
 
@@ -186,6 +189,7 @@ class Engine:
         images = [load_picture(source) for document in documents for source in document.images]
         features = self._features(images) if images else None
         slots = find_slots(ids[None], self.layout, first_call=True)
+        assert slots is not None
         embeds = self.model.embed(ids, slots.splice_index(len(images), queries=True), features)
         return list(embeds.split([len(document) for document in documents]))
 
@@ -276,18 +280,18 @@ class Engine:
             for candidate in range(drawing.candidates)
         ]
         null = self.null_condition(drawing.negative_prompt) if drawing.guided else None
-        drawn = iter(draw(self.model, condition, null, drawing, seeds, progress=progress))
-        for request in active:
+        drawn = draw(self.model, condition, null, drawing, seeds, progress=progress)
+        for request, candidates in zip(active, drawn.split(drawing.candidates), strict=True):
             self._close_text(request)
-            for _ in range(drawing.candidates):
-                request.parts.append(Picture(to_pil(next(drawn)), comprehension=True, creation=True))
+            request.latest = to_pil(candidates[-1])
+            request.parts += [Picture(to_pil(c), comprehension=True, creation=True) for c in candidates]
             request.num_drawn += drawing.candidates
             request.draws_now = False
             request.length += self.layout.dream_length + self.layout.image_length
             request.stopped = self._limit(request)
         active = _unfinished(cache, active)
         if active:
-            states = cache.advance(self._picture_pieces([request.parts[-1].source for request in active]))
+            states = cache.advance(self._picture_pieces([r.latest for r in active if r.latest is not None]))
             for request, state in zip(active, states, strict=True):
                 request.last = state[-1]
         return active

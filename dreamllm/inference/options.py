@@ -82,4 +82,5 @@ class Answer:
 
     @property
     def pictures(self) -> list[Image.Image]:
-        return [part.source for part in self.document.parts if isinstance(part, Picture)]
+        sources = [part.source for part in self.document.parts if isinstance(part, Picture)]
+        return [source for source in sources if isinstance(source, Image.Image)]

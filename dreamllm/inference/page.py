@@ -15,7 +15,7 @@ from dreamllm.documents import Document, Picture, Text, load_picture
 TINY = 64
 """Pictures whose longer side has at most this many pixels stand in the line, enlarged with hard pixel edges."""
 
-TINY_SHOWN = 112
+TINY_SHOWN = 96
 SHORT_TEXT = 32
 """A text of at most this many characters is kept on one line with the tiny picture after it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 from PIL import Image
 
 from dreamllm.documents import Document, Picture, Text
@@ -40,13 +41,14 @@ def half_blocks(image: Image.Image, columns: int) -> str:
     else:
         factor = max(1, min(24, columns) // image.width)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    pixels = np.asarray(image).tolist()
     lines = []
     for y in range(0, image.height, 2):
         cells = []
         for x in range(image.width):
-            cell = "\033[38;2;{};{};{}m".format(*image.getpixel((x, y)))
+            cell = "\033[38;2;{};{};{}m".format(*pixels[y][x])
             if y + 1 < image.height:
-                cell += "\033[48;2;{};{};{}m".format(*image.getpixel((x, y + 1)))
+                cell += "\033[48;2;{};{};{}m".format(*pixels[y + 1][x])
             cells.append(cell + UPPER_HALF)
         lines.append("".join(cells) + "\033[0m")
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def test_pictures_keep_their_pixels():
 
 def test_tiny_pictures_are_enlarged_by_a_whole_factor():
     (image,) = Seen(document_page(Document((picture(0, 8),)))).images
-    assert (image["class"], image["width"], image["height"]) == ("tiny", "112", "112")
+    assert (image["class"], image["width"], image["height"]) == ("tiny", "96", "96")
     assert "image-rendering: pixelated" in document_page(Document((Text("a"),)))
     (image,) = Seen(document_page(Document((picture(0, TINY + 1),)))).images
     assert "class" not in image
