@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -63,10 +63,8 @@ class CrossAttentionRecorder:
 
 
 @contextmanager
-def recorded_attention(
-    unet: UNet2DConditionModel, count: int, size: tuple[int, int]
-) -> Iterator[CrossAttentionRecorder]:
-    """Records the cross-attention of `count` pictures drawn inside, as maps of `size`; restores the UNet after."""
+def recorded_attention(unet: Any, count: int, size: tuple[int, int]) -> Iterator[CrossAttentionRecorder]:
+    """Records the cross-attention of `count` pictures drawn inside by a diffusers UNet, as maps of `size`; restores it after."""
     before = unet.attn_processors
     recorder = CrossAttentionRecorder(count, size)
     unet.set_attn_processor({n: recorder if n.endswith(CROSS_ATTENTION) else p for n, p in before.items()})

@@ -30,8 +30,9 @@ from dreamllm.model.slots import find_slots
 
 @dataclass
 class _Request:
-    """One answer in the making. `length` counts positions, `last` is the state that the next token is chosen
-    from, `latest` the picture drawn last.
+    """One answer in the making.
+
+    `length` counts positions; `last` is the state that the next token is chosen from; `latest` the last picture drawn.
     """
 
     options: GenerationOptions
