@@ -64,7 +64,7 @@ class CrossAttentionRecorder:
 
 @contextmanager
 def recorded_attention(unet: Any, count: int, size: tuple[int, int]) -> Iterator[CrossAttentionRecorder]:
-    """Records the cross-attention of `count` pictures drawn inside by a diffusers UNet, as maps of `size`; restores it after."""
+    """Records the cross-attention of `count` pictures drawn inside by `unet` (of diffusers), and restores it after."""
     before = unet.attn_processors
     recorder = CrossAttentionRecorder(count, size)
     unet.set_attn_processor({n: recorder if n.endswith(CROSS_ATTENTION) else p for n, p in before.items()})
