@@ -1,0 +1,114 @@
+"""`python -m benchmarks run [operator ...]`: times operators, prints a table, optionally records it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+# glibc returns freed blocks of 32 MiB and more to the kernel, and every later call pays for page faults: large outputs would time the
+# kernel's page allocator. Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler slice per parallel region.
+SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+def available() -> dict[str, str]:
+    return {path.stem.removeprefix("bench_"): f"benchmarks.ops.{path.stem}" for path in sorted((ROOT / "ops").glob("bench_*.py"))}
+
+
+def git_commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def print_result(result: Any) -> None:
+    ours = next(iter(result.case.contenders))
+    print(f"\n{result.case.operator}  {result.case.label}")
+    print(f"  {'':16} {'min us':>9} {'median us':>10} {'of copy bandwidth':>18}   {ours} is")
+    for timing in result.timings:
+        ratio = timing.minimum_us / result.minimum(ours)
+        faster = "" if timing.contender == ours else f"{ratio:.2f}x as fast"
+        share = f"{100 * result.share_of_copy_bandwidth(timing.contender):.0f}%"
+        print(f"  {timing.contender:16} {timing.minimum_us:9.1f} {timing.median_us:10.1f} {share:>18}   {faster}")
+    print(f"  {'copy':16} {result.copy_minimum_us:9.1f}", flush=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.harness import measure
+    from dreamkernels import information
+
+    modules = available()
+    for name in arguments.operators:
+        if name not in modules:
+            print(f"operator {name!r} has no benchmark ({', '.join(modules)})", file=sys.stderr)
+            return 2
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    facts = information.collect()
+    print(f"{facts['devices']['cpu']}, {facts['devices']['cpu_isa']}; torch {torch.__version__}; {arguments.device}")
+    records, boundaries = [], {}
+    for name in arguments.operators or modules:
+        module = importlib.import_module(modules[name])
+        for case in module.cases(arguments.device):
+            result = measure(case, seconds=arguments.seconds)
+            print_result(result)
+            records.append(result.record())
+        boundaries[name] = module.boundary(arguments.device)
+        print(f"\n{name}: microseconds per call on a tiny tensor")
+        for what, microseconds in boundaries[name].items():
+            print(f"  {what:36} {microseconds:6.1f}")
+    if arguments.record:
+        path = ROOT / "results" / f"{arguments.record}.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "date": datetime.date.today().isoformat(),
+                    "commit": git_commit(),
+                    "device": arguments.device,
+                    "devices": facts["devices"],
+                    "versions": facts["versions"],
+                    "threads": arguments.threads,
+                    "settings": SETTINGS,
+                    "cases": records,
+                    "boundary_us": boundaries,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+        print(f"\nrecorded in benchmarks/results/{path.name}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("run", help="time operators against PyTorch on this machine")
+    command.add_argument("operators", nargs="*", help=f"default: all ({', '.join(available())})")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    command.add_argument("--seconds", type=float, default=4.0, help="per case")
+    command.add_argument("--record", metavar="NAME", help="write benchmarks/results/NAME.json")
+    command.set_defaults(run=run)
+    arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
+        # Both are read when the process starts.
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **SETTINGS})
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

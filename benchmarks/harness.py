@@ -1,0 +1,150 @@
+"""Timing that can be trusted on a shared machine.
+
+- Contenders of a case run interleaved in one process, one call each per round, so that a slow phase of the machine hits all of them.
+- Each call takes the next of several input sets, together larger than the last-level cache: caches are cold, as between layers.
+- Every contender's result is checked against the first one's before anything is timed.
+- A case declares the bytes it must move. Its speed is a share of the copy bandwidth measured in the same rounds with as many bytes.
+
+Only ratios within one run mean something on a shared CPU. Reported are the minimum and the median.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[..., Any]
+
+
+@dataclass
+class Case:
+    """One operator at one shape and dtype."""
+
+    operator: str
+    label: str  # such as "forward bfloat16 [2048, 1024]"
+    make_inputs: Callable[[], Sequence[Any]]
+    contenders: dict[str, Call]  # the first one is ours
+    bytes_moved: int  # the least that must be read and written
+    flops: int
+    relative_tolerance: float
+    device: str = "cpu"
+    cold_bytes: int = 96 * 2**20  # input sets together
+
+
+@dataclass
+class Timing:
+    contender: str
+    minimum_us: float
+    median_us: float
+
+
+@dataclass
+class Result:
+    case: Case
+    timings: list[Timing] = field(default_factory=list)
+    copy_minimum_us: float = 0.0
+
+    def minimum(self, contender: str) -> float:
+        return next(timing.minimum_us for timing in self.timings if timing.contender == contender)
+
+    def share_of_copy_bandwidth(self, contender: str) -> float:
+        return self.copy_minimum_us / self.minimum(contender)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "operator": self.case.operator,
+            "case": self.case.label,
+            "device": self.case.device,
+            "bytes_moved": self.case.bytes_moved,
+            "flops": self.case.flops,
+            "copy_minimum_us": round(self.copy_minimum_us, 2),
+            "contenders": {
+                timing.contender: {
+                    "minimum_us": round(timing.minimum_us, 2),
+                    "median_us": round(timing.median_us, 2),
+                    "share_of_copy_bandwidth": round(self.share_of_copy_bandwidth(timing.contender), 3),
+                }
+                for timing in self.timings
+            },
+        }
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result.detach()]
+    return [tensor for part in result if part is not None for tensor in _tensors(part)]
+
+
+def check_contenders(case: Case) -> None:
+    """Raises AssertionError when contenders disagree beyond the case's tolerance, relative to the largest value."""
+    inputs = case.make_inputs()
+    (first, ours), *others = case.contenders.items()
+    expected = _tensors(ours(*inputs))
+    for name, call in others:
+        for mine, theirs in zip(expected, _tensors(call(*inputs)), strict=True):
+            scale = theirs.float().abs().max().item() or 1.0
+            difference = (mine.float() - theirs.float()).abs().max().item() / scale
+            if difference > case.relative_tolerance:
+                raise AssertionError(f"{case.operator} {case.label}: {first} and {name} differ by {difference:.2e}")
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _time_once(call: Call, inputs: Sequence[Any], device: str) -> float:
+    start = _clock(device)
+    call(*inputs)
+    return (_clock(device) - start) * 1e6
+
+
+def _copy_inputs(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    half = max(1, case.bytes_moved // 2)
+    sets = max(2, min(16, case.cold_bytes // (2 * half)))
+    return [tuple(torch.ones(2, half, dtype=torch.uint8, device=case.device).unbind()) for _ in range(sets)]  # type: ignore[misc]
+
+
+def measure(case: Case, rounds: int = 60, seconds: float = 6.0) -> Result:
+    """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after five."""
+    check_contenders(case)
+    first = case.make_inputs()
+    used = sum(tensor.numel() * tensor.element_size() for tensor in _tensors([v for v in first if isinstance(v, torch.Tensor)]))
+    input_sets = [first] + [case.make_inputs() for _ in range(max(1, min(16, case.cold_bytes // max(used, 1))))]
+    copies = _copy_inputs(case)
+    for call in case.contenders.values():
+        for inputs in input_sets[:3]:
+            call(*inputs)
+    samples: dict[str, list[float]] = {name: [] for name in case.contenders}
+    copy_samples: list[float] = []
+    begin = time.perf_counter()
+    for number in range(rounds):
+        if number >= 5 and time.perf_counter() - begin > seconds:
+            break
+        for position, (name, call) in enumerate(case.contenders.items()):
+            inputs = input_sets[(number + position) % len(input_sets)]
+            samples[name].append(_time_once(call, inputs, case.device))
+        target, source = copies[number % len(copies)]
+        copy_samples.append(_time_once(target.copy_, (source,), case.device))
+    result = Result(case, copy_minimum_us=min(copy_samples))
+    result.timings = [Timing(name, min(values), statistics.median(values)) for name, values in samples.items()]
+    return result
+
+
+def cost_per_call_us(call: Call, inputs: Sequence[Any], calls: int = 4000) -> float:
+    """Least mean time of one call over several batches; with tiny tensors this is the cost of the boundary."""
+    for _ in range(200):
+        call(*inputs)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(calls // 10):
+            call(*inputs)
+        best = min(best, (time.perf_counter() - start) / (calls // 10))
+    return best * 1e6
