@@ -81,7 +81,7 @@ def _turns(values: Any, name: str) -> list[tuple[str, str]]:
         raise BadSampleError("malformed", f'{name} has no "conversations"')
     turns = []
     for turn in values:
-        role = _ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise BadSampleError("malformed", f'{name}: a turn needs "from" ({", ".join(_ROLES)}) and "value" (text)')
         turns.append((role, turn["value"]))

@@ -7,7 +7,7 @@ of worker processes, which torch's `DataLoader` runs and whose results it return
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from dreamllm.data.mixture import Draw, Mixture
 from dreamllm.data.preparation import Encoder, Prepared, prepare
 from dreamllm.data.problems import BadSampleError, Problem, TooManyBadSamplesError
 from dreamllm.data.seeds import uniform
-from dreamllm.documents import PackedBatch
+from dreamllm.documents import PackedBatch, PictureSource, load_picture
 
 FLIP_PROBABILITY = 0.5
 
@@ -101,8 +101,8 @@ class Batches(Dataset):
 
     def _flip(self, sample: Prepared, position: int) -> Prepared:
         # Before the centre crop: mirroring commutes with it up to a pixel.
-        targets = [
-            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        targets: list[PictureSource] = [
+            load_picture(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if uniform(self.mixture.seed, "flip", position, i) < FLIP_PROBABILITY
             else picture
             for i, picture in enumerate(sample.encoded.targets)
@@ -112,7 +112,7 @@ class Batches(Dataset):
 
 def load_batches(
     batches: Batches, start: int, stop: int, workers: int = 0, pin_memory: bool = False
-) -> Iterator[LoadedBatch]:
+) -> Generator[LoadedBatch, None, None]:
     """Batches `start` to `stop - 1` in order, prepared in this process or by `workers` forked ones.
 
     Raises `TooManyBadSamplesError` as `batches` does, with an unaltered message.

@@ -102,13 +102,12 @@ def parse_size(size: int | str) -> int:
 
 
 def _virtual_sizes(parts: Sequence[Part]) -> list[int]:
-    weighted = [part for part in parts if part.weight is not None]
-    if not weighted:
+    weights = [part.weight for part in parts if part.weight is not None]
+    if not weights:
         return [len(part.reader) if part.size is None else parse_size(part.size) for part in parts]
-    if len(weighted) != len(parts) or any(part.size is not None for part in parts):
+    if len(weights) != len(parts) or any(part.size is not None for part in parts):
         raise ValueError("give every part of a mixture a weight, or none; a weight excludes a size")
-    if any(not part.weight > 0 for part in parts):
-        raise ValueError(f"weights must be positive; given: {[part.weight for part in parts]}")
-    total_weight = sum(part.weight for part in parts)
+    if any(not weight > 0 for weight in weights):
+        raise ValueError(f"weights must be positive; given: {weights}")
     total = sum(len(part.reader) for part in parts)
-    return [max(1, round(total * part.weight / total_weight)) for part in parts]
+    return [max(1, round(total * weight / sum(weights))) for weight in weights]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from dreamllm.data.problems import BadSampleError, Problem
+from dreamllm.data.problems import BadSampleError, Problem, Reason
 from dreamllm.documents import (
     IGNORE_INDEX,
     Document,
@@ -65,8 +65,8 @@ def prepare(document: Document, encoder: Encoder) -> Prepared:
         raise BadSampleError("nothing_to_learn", f"{name} has no text to learn and no picture to create{cut}")
     if encoded.truncated:
         problems.append(Problem("trimmed", f"{name} was cut at {encoder.layout.max_length} tokens"))
-    images = [decoded[id(source)] for source in encoded.images]
-    targets = [decoded[id(source)] for source in encoded.targets]
+    images: list[PictureSource] = [decoded[id(source)] for source in encoded.images]
+    targets: list[PictureSource] = [decoded[id(source)] for source in encoded.targets]
     return Prepared(replace(encoded, images=images, targets=targets), problems)
 
 
@@ -100,5 +100,5 @@ def _decode(encoded: EncodedDocument, decoded: dict[int, Image.Image], name: str
 
 
 def _unreadable(source: PictureSource, error: PictureError, name: str) -> BadSampleError:
-    reason = "missing_image" if isinstance(error.__cause__, FileNotFoundError) else "corrupt_image"
+    reason: Reason = "missing_image" if isinstance(error.__cause__, FileNotFoundError) else "corrupt_image"
     return BadSampleError(reason, f"{name}: {error}")

@@ -20,7 +20,7 @@ from typing import Any
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -161,7 +161,7 @@ def write_denoiser(
     pictures: Tensor,
     captions: Sequence[str],
     config: dict[str, Any],
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     schedule: Schedule,
     seed: int,
     condition_dropout: float = 0.1,
@@ -170,7 +170,8 @@ def write_denoiser(
     """A UNet (`config`: `UNet2DConditionModel` arguments) that denoises pixels given a caption's words.
 
     pictures float32 [N, C, size, size] in [-1, 1]; there is no VAE (the codec is the identity). The condition is the
-    sequence of the caption's word embeddings with positions, dropped with probability `condition_dropout`.
+    sequence of the caption's word embeddings with positions, dropped with probability `condition_dropout`. `scheduler`,
+    a diffusers `DDPMScheduler`, is stored with the UNet.
     """
     if folder.is_dir():
         return
@@ -179,7 +180,7 @@ def write_denoiser(
     captions_NL = words.rows(captions)
     width = config["cross_attention_dim"]
     with seeded(seed, "unet"):
-        unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, sample_size=size, **config)
+        unet: Any = UNet2DConditionModel(in_channels=channels, out_channels=channels, sample_size=size, **config)
         word = nn.Embedding(len(words), width)
         position = nn.Embedding(captions_NL.shape[1], width)
 

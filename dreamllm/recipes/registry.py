@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamllm.recipes import small
+from dreamllm.recipes.digits import recipe as digits
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(digits.run, "scanned digits, with evaluation and report; minutes on a CPU"),
     "small": Recipe(small.run, "any folder of pictures with captions, or webdataset tars; small components"),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageOps
@@ -165,12 +166,13 @@ def load_examples(source: PairSource, seed: int) -> tuple[list[Image.Image], lis
 
     Raises `ValueError` when there are none.
     """
-    order = Permutation(len(source), derive_seed(seed, "examples")) if len(source) else ()
-    images, captions = [], []
-    for index in order:
+    order = Permutation(max(1, len(source)), derive_seed(seed, "examples"))
+    images: list[Image.Image] = []
+    captions: list[str] = []
+    for index in map(order.__getitem__, range(len(source))):
         example = source.usable_pair(index)
         image = None if example is None else _readable(example.image)
-        if image is not None:
+        if example is not None and image is not None:
             images.append(ImageOps.fit(image, (VISION_SIZE, VISION_SIZE), Image.Resampling.BICUBIC))
             captions.append(example.caption)
         if len(captions) == MAX_EXAMPLES:
@@ -188,14 +190,8 @@ def _readable(image: Any) -> Image.Image | None:
 
 
 def _target(image: Image.Image) -> torch.Tensor:
-    small = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
-    return (
-        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        .view(PICTURE_SIZE, PICTURE_SIZE, 3)
-        .permute(2, 0, 1)
-        / 127.5
-        - 1
-    )
+    pixels = np.array(image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def _as_instruction(caption: str, index: int) -> str:
@@ -209,14 +205,14 @@ def _as_instruction(caption: str, index: int) -> str:
 def _assemble(folder: Path, components: Path, plan: Plan, seed: int) -> Path:
     if folder.is_dir():
         return folder
-    parts = [components / name for name in ("llm", "clip", "diffusion")]
-    absent = [part.name for part in parts if not part.is_dir()]
+    llm, clip, diffusion = (components / name for name in ("llm", "clip", "diffusion"))
+    absent = [part.name for part in (llm, clip, diffusion) if not part.is_dir()]
     if absent:
         raise ValueError(
             f"components folder {components} lacks {', '.join(absent)}; llm, clip and diffusion are needed"
         )
     options = AssembleOptions(**{**vars(plan.assemble), "seed": derive_seed(seed, "assemble") % (1 << 31)})
-    model, processor = assemble(*parts, options)
+    model, processor = assemble(llm, clip, diffusion, options)
     write_folder(folder, lambda target: _save(model, processor, target), "the assembled model")
     return folder
 

@@ -109,13 +109,20 @@ class StageConfig:
         dropout = self.condition_dropout
         _require(0 <= dropout < 1, "condition_dropout must be in [0, 1)", self.name, dropout)
         _require(self.loss_scale in ("none", "l1_norm", "l2_norm"), "unknown loss_scale", self.name, self.loss_scale)
-        unknown = set(self.trainable) - set(PARAMETER_GROUPS)
+        unknown = self.groups - set(PARAMETER_GROUPS)
         _require(not unknown, f"trainable groups must be among {', '.join(PARAMETER_GROUPS)}", self.name, unknown)
+
+    @property
+    def groups(self) -> set[str]:
+        """The parameter groups that train."""
+        return set(self.trainable or ())
 
     @property
     def weights(self) -> tuple[float, float]:
         """What the language and the diffusion loss are multiplied with, the loss scale included (spec A.9)."""
         w_lm, w_vm = self.loss_weight_lm, self.loss_weight_vm
+        assert w_lm is not None
+        assert w_vm is not None
         scale = {"none": 1.0, "l1_norm": w_lm + w_vm, "l2_norm": math.hypot(w_lm, w_vm)}[self.loss_scale]
         return w_lm / scale, w_vm / scale
 

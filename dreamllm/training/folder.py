@@ -67,13 +67,14 @@ _ABSENT = "(absent)"
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    items: list[tuple[Any, Any]]
     if isinstance(value, dict):
-        items = value.items()
+        items = list(value.items())
     elif isinstance(value, list):
         items = [(item.get("name", i) if isinstance(item, dict) else i, item) for i, item in enumerate(value)]
     else:
         return {name: value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, item in items:
         flat |= _flatten(item, f"{name}.{key}" if name else str(key))
     return flat

@@ -87,8 +87,8 @@ class Readback:
         for added, values, event in ready:
             if event is not None:
                 event.synchronize()
-            for (*known, _), row in zip(added, values.tolist(), strict=True):
-                records.append(StepRecord(*known, *row))
+            for (step, elapsed, rate, counts, _), row in zip(added, values.tolist(), strict=True):
+                records.append(StepRecord(step, elapsed, rate, counts, *row))
         return records
 
 

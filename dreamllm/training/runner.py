@@ -84,8 +84,10 @@ class _Run:
             "versions": versions(),
         }
 
+        assert self.loaded is not None
+        model, processor = self.loaded
+
         def fill(folder: Path) -> None:
-            model, processor = self.loaded
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             write_json(folder / "training.json", {**summary, "configuration": stage.describe()})
@@ -103,7 +105,7 @@ class _Run:
 
 def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProcessor]:
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    model = DreamLLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = DreamLLM.from_pretrained(folder, dtype=torch.float32)
     return model.to("cpu" if device == "auto" else device), DreamLLMProcessor.from_pretrained(folder)
 
 

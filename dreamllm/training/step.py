@@ -22,7 +22,7 @@ def prepare_model(model: DreamLLM, stage: StageConfig) -> list[nn.Parameter]:
     Their gradients exist from the start, as zeros: a parameter that a batch does not reach then gets the same update
     in a resumed run as in one that was never interrupted.
     """
-    model.set_trainable(set(stage.trainable))
+    model.set_trainable(stage.groups)
     model.train()
     for part in _FROZEN_ALWAYS:
         getattr(model, part).eval()
@@ -73,11 +73,12 @@ def train_step(
     for batch in batches:
         with autocast:
             output = model.forward_packed(batch, generator)
+        assert output.lm_loss is not None
         lm = output.lm_loss * (batch.loss_targets.numel() / max(1, counts.targets))
         vm = output.vm_loss
         vm = lm.new_zeros(()) if vm is None else vm * (batch.dream_positions.shape[0] / counts.pictures)
         # A loss of weight zero is left out, not multiplied: zero times infinity would poison the rest.
-        total = sum((w * part for w, part in ((w_lm, lm), (w_vm, vm)) if w), lm.new_zeros(()))
+        total = torch.stack([lm.new_zeros(()), *(w * part for w, part in ((w_lm, lm), (w_vm, vm)) if w)]).sum()
         if total.requires_grad:
             reached = True
             total.backward()
@@ -103,7 +104,7 @@ def _unreached(stage: StageConfig, batches: Sequence[PackedBatch]) -> str:
     names = [name for batch in batches for name in batch.names]
     shown = f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     return (
-        f"stage {stage.name} trains {', '.join(stage.trainable)} with loss weights {stage.loss_weight_lm:g} (language) "
-        f"and {stage.loss_weight_vm:g} (diffusion), but no document of the step reaches them "
+        f"stage {stage.name} trains {', '.join(sorted(stage.groups))} with loss weights {stage.loss_weight_lm:g} "
+        f"(language) and {stage.loss_weight_vm:g} (diffusion), but no document of the step reaches them "
         f"({shown}); give the stage data of the matching mode or more documents per step"
     )
