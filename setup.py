@@ -1,12 +1,12 @@
 """Builds the three native parts of dreamkernels. Everything else about the package is in pyproject.toml.
 
-    dreamkernels/_cpu.abi3.so    CPU operators, against LibTorch's stable ABI: independent of the torch and Python version
-    dreamkernels/_cuda.abi3.so   CUDA operators, compiled by nvcc for sm_80, sm_90 and PTX; also loads on a CPU-only torch
-    dreamkernels/_C.*.so         pybind11 module without torch: build information and sequence packing
+    dreamkernels/_cpu.abi3.so    CPU operators, against LibTorch's stable ABI: independent of the torch and Python
+    version dreamkernels/_cuda.abi3.so   CUDA operators, compiled by nvcc for sm_80, sm_90 and PTX; also loads on a
+    CPU-only torch dreamkernels/_C.*.so         pybind11 module without torch: build information and sequence packing
 
 Settings, read from the environment because pip passes nothing else through reliably:
-    DREAMKERNELS_BUILD_CUDA=auto|0|1   auto (default): build the CUDA library when nvcc is found; 1: a missing nvcc is an error
-    CXX, NVCC                          the compilers to use
+    DREAMKERNELS_BUILD_CUDA=auto|0|1   auto (default): build the CUDA library when nvcc is found; 1: a missing nvcc is
+    an error CXX, NVCC                          the compilers to use
 
 Without a C++ compiler the package installs without native parts; its reference and Triton implementations then serve.
 """
@@ -41,7 +41,16 @@ CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 h
 ISA_FLAGS = {"scalar": ["-DDK_VEC_LEVEL=0"]}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-DDK_VEC_LEVEL=2", "-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-DDK_VEC_LEVEL=512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = [
+        "-DDK_VEC_LEVEL=512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 
 
@@ -129,7 +138,7 @@ class Plan:
 
     def cpu(self, cxx: list[str], output: Path) -> NativeLibrary:
         library = NativeLibrary("_cpu")
-        for source in sorted((ROOT / "csrc").glob("*/cpu.cpp")) + [ROOT / "csrc" / "common" / "isa.cpp"]:
+        for source in [*sorted((ROOT / "csrc").glob("*/cpu.cpp")), ROOT / "csrc" / "common" / "isa.cpp"]:
             library.objects.append(self._compile(cxx, source, "", self.torch_flags))
         for source in sorted((ROOT / "csrc").glob("*/cpu_kernels.cpp")):
             for isa, flags in ISA_FLAGS.items():
@@ -152,7 +161,17 @@ class Plan:
             command = [nvcc, *flags, "-MD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target)]
             library.objects.append(Step(target, [source], command, makes_depfile=True))
         objects = [step.output for step in library.objects]
-        link = [nvcc, "-shared", "-cudart", "static", *generate, *map(str, objects), *self.torch_link, "-o", str(output)]
+        link = [
+            nvcc,
+            "-shared",
+            "-cudart",
+            "static",
+            *generate,
+            *map(str, objects),
+            *self.torch_link,
+            "-o",
+            str(output),
+        ]
         library.link = Step(output, objects, link)
         return library
 
@@ -255,12 +274,14 @@ class BuildNative(build_ext):
         cxx, nvcc = find_cxx(), self._nvcc()
         if cxx is None:
             say("NO C++ COMPILER FOUND: installing without compiled CPU operators and without dreamkernels._C.")
-            say("The reference (eager PyTorch) and Triton implementations will serve; on the CPU that is several times slower.")
+            say("The reference (eager PyTorch) and Triton serve; on the CPU that is several times slower.")
             say("Install g++ (or set CXX) and install again to get them.")
             return
         work = Path(self.build_temp).resolve() / "native"
         work.mkdir(parents=True, exist_ok=True)
-        output = {name: Path(self.get_ext_fullpath(f"dreamkernels.{name}")).resolve() for name in ("_cpu", "_cuda", "_C")}
+        output = {
+            name: Path(self.get_ext_fullpath(f"dreamkernels.{name}")).resolve() for name in ("_cpu", "_cuda", "_C")
+        }
         plan = Plan(work, torch_include)
         libraries = [plan.cpu(cxx, output["_cpu"])]
         if nvcc:
@@ -278,7 +299,7 @@ class BuildNative(build_ext):
             sys.exit(f"dreamkernels: DREAMKERNELS_BUILD_CUDA={wanted!r} is not supported (auto, 0 or 1)")
         nvcc = None if wanted == "0" else find_nvcc()
         if wanted == "1" and nvcc is None:
-            sys.exit("dreamkernels: DREAMKERNELS_BUILD_CUDA=1 but nvcc was not found; add it to PATH or set CUDA_HOME or NVCC")
+            sys.exit("dreamkernels: DREAMKERNELS_BUILD_CUDA=1 but nvcc was not found; set PATH, CUDA_HOME or NVCC")
         if nvcc is None:
             say("building without the CUDA C++ library" + (" (nvcc not found)" if wanted == "auto" else ""))
         return nvcc
@@ -299,7 +320,9 @@ class BuildNative(build_ext):
             if library.link is None or library.link.output.exists():
                 continue
             if library.name == "_cuda" and os.environ.get("DREAMKERNELS_BUILD_CUDA", "auto") == "auto":
-                say("THE CUDA C++ LIBRARY DID NOT BUILD (messages above); continuing without it, Triton serves on NVIDIA GPUs.")
+                say(
+                    "THE CUDA C++ LIBRARY DID NOT BUILD (messages above); continuing without it, Triton serves on GPUs."
+                )
                 continue
             sys.exit(f"dreamkernels: building {library.name} failed; the compiler's messages are above")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-# glibc returns freed blocks of 32 MiB and more to the kernel, and every later call pays for page faults: large outputs would time the
-# kernel's page allocator. Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler slice per parallel region.
+# glibc returns freed blocks of 32 MiB and more to the kernel, and every later call pays for page faults: large outputs
+# would time the kernel's page allocator. Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler
+# slice per parallel region.
 SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
@@ -24,11 +25,16 @@ SETTINGS = {
 
 
 def available() -> dict[str, str]:
-    return {path.stem.removeprefix("bench_"): f"benchmarks.ops.{path.stem}" for path in sorted((ROOT / "ops").glob("bench_*.py"))}
+    return {
+        path.stem.removeprefix("bench_"): f"benchmarks.ops.{path.stem}"
+        for path in sorted((ROOT / "ops").glob("bench_*.py"))
+    }
 
 
 def git_commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or "unknown"
 
 

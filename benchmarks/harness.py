@@ -1,9 +1,10 @@
 """Timing that can be trusted on a shared machine.
 
-- Contenders of a case run interleaved in one process, one call each per round, so that a slow phase of the machine hits all of them.
-- Each call takes the next of several input sets, together larger than the last-level cache: caches are cold, as between layers.
-- Every contender's result is checked against the first one's before anything is timed.
-- A case declares the bytes it must move. Its speed is a share of the copy bandwidth measured in the same rounds with as many bytes.
+- Contenders of a case run interleaved in one process, one call each per round, so that a slow phase of the machine
+hits all of them. - Each call takes the next of several input sets, together larger than the last-level cache: caches
+are cold, as between layers. - Every contender's result is checked against the first one's before anything is timed.
+- A case declares the bytes it must move. Its speed is a share of the copy bandwidth measured in the same rounds with
+as many bytes.
 
 Only ratios within one run mean something on a shared CPU. Reported are the minimum and the median.
 """
@@ -115,7 +116,9 @@ def measure(case: Case, rounds: int = 60, seconds: float = 6.0) -> Result:
     """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after five."""
     check_contenders(case)
     first = case.make_inputs()
-    used = sum(tensor.numel() * tensor.element_size() for tensor in _tensors([v for v in first if isinstance(v, torch.Tensor)]))
+    used = sum(
+        tensor.numel() * tensor.element_size() for tensor in _tensors([v for v in first if isinstance(v, torch.Tensor)])
+    )
     input_sets = [first] + [case.make_inputs() for _ in range(max(1, min(16, case.cold_bytes // max(used, 1))))]
     copies = _copy_inputs(case)
     for call in case.contenders.values():

@@ -37,7 +37,9 @@ def _report(arguments: argparse.Namespace) -> int:
     for architecture in [arguments.arch] if arguments.arch else ARCHITECTURES:
         rows = report.report_kernels(architecture, _progress(architecture))
         if arguments.save_baseline:
-            path = report.save_baseline(architecture, rows, {"triton": triton.__version__, **information.nvcc_version()})
+            path = report.save_baseline(
+                architecture, rows, {"triton": triton.__version__, **information.nvcc_version()}
+            )
             print(f"recorded {len(rows)} kernels in {path.name}", file=sys.stderr)
         baseline = report.load_baseline(architecture)
         problems = [problem for row in rows for problem in report.compare_with_baseline(row, baseline)]
@@ -61,7 +63,9 @@ def main() -> int:
     )
     report.add_argument("--arch", choices=ARCHITECTURES, help="one architecture; default: all")
     report.add_argument("--json", action="store_true", help="machine-readable")
-    report.add_argument("--save-baseline", action="store_true", help="record the result as what later ones are compared with")
+    report.add_argument(
+        "--save-baseline", action="store_true", help="record the result as what later ones are compared with"
+    )
     report.set_defaults(run=_report)
     arguments = parser.parse_args()
     return arguments.run(arguments)

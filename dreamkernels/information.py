@@ -64,7 +64,13 @@ def collect() -> dict[str, Any]:
             "torch_built_for_cuda": torch.version.cuda or "no",
         },
         "libraries": [
-            {"name": part.name, "provides": part.provides, "loaded": part.loaded, "reason": part.error, "cost": part.cost}
+            {
+                "name": part.name,
+                "provides": part.provides,
+                "loaded": part.loaded,
+                "reason": part.error,
+                "cost": part.cost,
+            }
             for part in libraries.LOADED.values()
         ],
         "build": libraries.build_information(),
@@ -96,7 +102,10 @@ def _support_rows(support: list[dict[str, Any]]) -> list[str]:
         previous = row["operator"]
         table.append((name, row["implementation"], cell(row["devices"]["cpu"]), cell(row["devices"]["cuda"])))
     widths = [max(len(line[k]) for line in table) for k in range(4)]
-    lines = ["  " + "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines = [
+        "  " + "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
     lines.insert(1, "  " + "  ".join("-" * width for width in widths))
     return ["operators", *lines, *(f"  ({number}) {reason}" for number, reason in enumerate(reasons, 1))]
 
@@ -110,7 +119,10 @@ def as_text(facts: dict[str, Any]) -> str:
         ("cuda", "; ".join(devices["cuda"]) or f"no device (torch built for CUDA: {devices['torch_built_for_cuda']})"),
     ]
     library_rows = [
-        (part["name"], f"loaded    {part['provides']}" if part["loaded"] else f"MISSING   {part['reason']}; {part['cost']}")
+        (
+            part["name"],
+            f"loaded    {part['provides']}" if part["loaded"] else f"MISSING   {part['reason']}; {part['cost']}",
+        )
         for part in facts["libraries"]
     ]
     lines = [

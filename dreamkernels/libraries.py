@@ -69,11 +69,14 @@ def load() -> None:
     cpu = _load_operators("_cpu", "compiled CPU operators", "the reference serves on the CPU, several times slower")
     cuda = _load_operators("_cuda", 'CUDA C++ operators (implementation="cuda")', "Triton serves on NVIDIA GPUs")
     LOADED.update({library.name: library for library in (cpu, cuda, extension)})
-    # Without a CUDA C++ library nothing is lost by default: it is not worth a warning unless a library is there and broken.
+    # Without a CUDA C++ library nothing is lost by default: it is not worth a warning unless a library is there and
+    # broken.
     missing = [part for part in (cpu, extension) if not part.loaded]
     missing += [cuda] if not cuda.loaded and cuda.error != "it was not built" else []
     if missing:
-        lines = [f"dreamkernels.{part.name} ({part.provides}) is missing: {part.error}; {part.cost}." for part in missing]
+        lines = [
+            f"dreamkernels.{part.name} ({part.provides}) is missing: {part.error}; {part.cost}." for part in missing
+        ]
         fix = "Install a C++ compiler, then: pip install --no-build-isolation --force-reinstall --no-deps dreamkernels"
         warnings.warn(" ".join([*lines, fix]), MissingLibraryWarning, stacklevel=3)
 
@@ -113,5 +116,5 @@ def set_cpu_isa(isa: str) -> None:
 
 
 def build_information() -> dict[str, str]:
-    """How the compiled parts were built: compiler, flags, torch target version, CUDA architectures, commit. Empty without `_C`."""
+    """How the compiled parts were built: compilers, flags, torch target version, commit. Empty without `_C`."""
     return dict(EXTENSION.build_information()) if EXTENSION else {}

@@ -8,13 +8,12 @@ import numpy.typing as npt
 from dreamkernels import libraries
 
 
-def pack_sequences(
-    lengths: npt.ArrayLike, budget: int, look_ahead: int = 256
-) -> tuple[npt.NDArray[np.int64], int]:
+def pack_sequences(lengths: npt.ArrayLike, budget: int, look_ahead: int = 256) -> tuple[npt.NDArray[np.int64], int]:
     """Assigns each sequence to a bin of at most `budget` tokens: first fit with look-ahead.
 
-    Sequences are taken in order. A bin is filled from the next `look_ahead` sequences that have no bin yet, earliest first, and is
-    closed when none of them fits. look_ahead=1 keeps the order strictly. The result depends on the arguments alone.
+    Sequences are taken in order. A bin is filled from the next `look_ahead` sequences that have no bin yet, earliest
+    first, and is closed when none of them fits. look_ahead=1 keeps the order strictly. The result depends on the
+    arguments alone.
 
     Args:
         lengths: integers [N], tokens per sequence; may be zero.

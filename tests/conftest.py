@@ -3,7 +3,8 @@
 import importlib.util
 import os
 
-# Read by OpenMP when torch loads it. Waiting threads must sleep: with another busy process on the cores, spinning costs whole time slices.
+# Read by OpenMP when torch loads it. Waiting threads must sleep: with another busy process on the cores, spinning
+# costs whole time slices.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     if importlib.util.find_spec("torchvision") is not None:
-        pytest.exit("torchvision is installed; its wheel breaks transformers with a CPU build of torch: pip uninstall torchvision", 2)
+        pytest.exit(
+            "torchvision is installed; its wheel breaks transformers with CPU torch: pip uninstall torchvision",
+            2,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

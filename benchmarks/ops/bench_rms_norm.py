@@ -61,12 +61,26 @@ def cases(device: str) -> Iterator[Case]:
                 return [x.requires_grad_(), weight.requires_grad_(), torch.randn_like(x)]
 
             yield Case(
-                "rms_norm", f"forward {name}", plain, forwards, 2 * elements * size, 4 * elements, TOLERANCE[dtype], device
+                "rms_norm",
+                f"forward {name}",
+                plain,
+                forwards,
+                2 * elements * size,
+                4 * elements,
+                TOLERANCE[dtype],
+                device,
             )
             both = {contender: with_backward(call) for contender, call in forwards.items()}
             moved = (2 + 3) * elements * size
             yield Case(
-                "rms_norm", f"forward+backward {name}", differentiable, both, moved, 14 * elements, TOLERANCE[dtype], device
+                "rms_norm",
+                f"forward+backward {name}",
+                differentiable,
+                both,
+                moved,
+                14 * elements,
+                TOLERANCE[dtype],
+                device,
             )
 
 

@@ -1,4 +1,4 @@
-"""splice_embeddings against the loop of concatenations that multimodal models usually contain, and against masked indexing."""
+"""splice_embeddings against the loop of concatenations of multimodal models, and masked indexing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def gathering(tokens: torch.Tensor, features: torch.Tensor, queries: torch.Tenso
 
 
 def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    def run(tokens: torch.Tensor, features: torch.Tensor, queries: torch.Tensor, index: torch.Tensor, grad: torch.Tensor) -> Any:
+    def run(
+        tokens: torch.Tensor, features: torch.Tensor, queries: torch.Tensor, index: torch.Tensor, grad: torch.Tensor
+    ) -> Any:
         out = forward(tokens, features, queries, index)
         return out, *torch.autograd.grad(out, (tokens, features, queries), grad)
 

@@ -1,4 +1,4 @@
-"""What is known of each GPU architecture: its limits and the launch parameters of the kernels, as data (one JSON file each)."""
+"""What is known of each GPU architecture: limits and launch parameters, as data (one JSON file each)."""
 
 from dreamkernels.devices.loader import ARCHITECTURES, Device, architecture_of, launch_parameters, load_device
 

@@ -1,4 +1,4 @@
-"""Reads the device files. Nothing is tuned at run time: a launch looks its parameters up by architecture, kernel and width."""
+"""Reads the device files. Nothing is tuned at run time: launch parameters are looked up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_90")  # ascending; a newer or in-between GPU uses the nearest one that is not newer than it
+ARCHITECTURES = (
+    "sm_80",
+    "sm_90",
+)  # ascending; a newer or in-between GPU uses the nearest one that is not newer than it
 
 
 @dataclass(frozen=True)
 class Device:
-    """One architecture: `limits` by name (units in the names) and `launch` parameters by kernel, each with its provenance."""
+    """One architecture: `limits` by name and `launch` parameters by kernel, with their provenance."""
 
     architecture: str
     device: str
@@ -42,7 +45,9 @@ def architecture_of(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     fitting = [name for name in ARCHITECTURES if int(name.removeprefix("sm_")) <= 10 * major + minor]
     if not fitting:
-        raise ValueError(f"compute capability {major}.{minor} is not supported (8.0 or newer); choose implementation='reference'")
+        raise ValueError(
+            f"compute capability {major}.{minor} is not supported (8.0 or newer); choose implementation='reference'"
+        )
     return fitting[-1]
 
 

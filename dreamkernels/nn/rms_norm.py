@@ -10,9 +10,9 @@ from dreamkernels.ops import rms_norm
 class RMSNorm(torch.nn.Module):
     """Root mean square normalisation of the last dimension, a drop-in for transformers' LlamaRMSNorm.
 
-    The parameter is called `weight` and starts at one; `variance_epsilon` is added to the mean square. Where the weight is wider than
-    the input (float32 weights, bfloat16 activations) both are promoted first, as the product in LlamaRMSNorm is, and the result has
-    the promoted dtype.
+    The parameter is called `weight` and starts at one; `variance_epsilon` is added to the mean square. Where the
+    weight is wider than the input (float32 weights, bfloat16 activations) both are promoted first, as the product in
+    LlamaRMSNorm is, and the result has the promoted dtype.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class RMSNorm(torch.nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """hidden_states [..., H] -> y, or with a residual of the same shape (y, hidden_states + residual)."""
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if weight.dtype != hidden_states.dtype:
             dtype = torch.promote_types(weight.dtype, hidden_states.dtype)
             weight, hidden_states = weight.to(dtype), hidden_states.to(dtype)

@@ -1,4 +1,4 @@
-"""The operators. Each subpackage holds one family: public function and schema, reference, Triton kernels; C++ is under csrc/."""
+"""The operators. One subpackage per family: public function, schema, reference, Triton; C++ is under csrc/."""
 
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.splice_embeddings import splice_embeddings

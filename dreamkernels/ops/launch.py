@@ -33,7 +33,8 @@ class ShippedKernel:
     def name(self) -> str:
         constants = " ".join(f"{key.lower()}={int(value)}" for key, value in self.constants.items())
         kernel = self.kernel.__name__.removesuffix("_kernel")
-        return f"{self.operator}.{kernel} {TRITON_DTYPES[self.dtype]} width<={self.width} {constants} warps={self.num_warps}"
+        rows = f"{TRITON_DTYPES[self.dtype]} width<={self.width}"
+        return f"{self.operator}.{kernel} {rows} {constants} warps={self.num_warps}"
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def define(
     cuda: bool = False,
     autograd: Autograd | None = None,
 ) -> Operator:
-    """Defines an operator with its overloads, fake, Triton implementation and autograd. C++ registers when the libraries load."""
+    """Defines an operator with overloads, fake, Triton and autograd. C++ registers itself when the libraries load."""
     operator = Operator(name, schema, dtypes, triton, cuda)
     overloads = ["default", "triton"] + (["inference"] if autograd else []) + (["cuda"] if cuda else [])
     for overload in overloads:
@@ -144,7 +144,8 @@ _choices: dict[tuple[str, str, str], str] = {}
 def choose(name: str, implementation: str, device_type: str) -> str:
     """Which implementation of an operator a call runs: one of IMPLEMENTATIONS, never "auto".
 
-    "auto" takes the compiled kernel of the device (CPU: C++, CUDA: Triton) and, where it is missing, the reference with one warning.
+    "auto" takes the compiled kernel of the device (CPU: C++, CUDA: Triton); where it is missing, the reference, with
+    one warning.
     Raises ValueError when an explicitly named implementation cannot run on the device.
     """
     key = (name, implementation, device_type)
@@ -154,8 +155,8 @@ def choose(name: str, implementation: str, device_type: str) -> str:
     return chosen
 
 
-# What torch.compiler.assume_constant_result does: torch.compile runs the function while tracing and keeps its result. The decorator itself
-# would import torch._dynamo, which takes longer than everything else here together.
+# What torch.compiler.assume_constant_result does: torch.compile runs the function while tracing and keeps its result.
+# The decorator itself would import torch._dynamo, which takes longer than everything else here together.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -195,7 +196,7 @@ def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Any:
 
 
 def support_matrix() -> list[dict[str, Any]]:
-    """One row per operator and implementation: devices with, per device, the dtypes or the reason why it cannot run here."""
+    """One row per operator and implementation: for each device the dtypes, or why it cannot run here."""
     rows = []
     for _, operator in sorted(OPERATORS.items()):
         for implementation in IMPLEMENTATIONS:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dreamkernels.report.kernels import KernelReport
 
-# Compilers of different versions differ by a few registers; a kernel that loses blocks per multiprocessor is a regression regardless.
+# Compilers of different versions differ by a few registers; a kernel that loses blocks per multiprocessor is a
+# regression regardless.
 REGISTER_TOLERANCE = 1.15
 _FOLDER = Path(__file__).resolve().parent
 
@@ -41,17 +42,14 @@ def save_baseline(architecture: str, rows: Iterable[KernelReport], versions: dic
     return path
 
 
-def narrow_accesses(row: KernelReport) -> int:
-    """Global loads and stores of less than 16 bytes, whatever their purpose."""
-    return sum(count for kind, count in row.global_accesses.items() if "16 B" not in kind and "32 B" not in kind)
-
-
 def compare_with_baseline(row: KernelReport, baseline: dict[str, dict[str, object]]) -> list[str]:
     """What is wrong with a kernel: spills, or worse than recorded. Empty when all is well."""
     name = f"{row.source} {row.name} on {row.architecture}"
     problems = []
     if row.spill_bytes or row.local_memory_instructions:
-        problems.append(f"{name} spills: {row.spill_bytes} B stack, {row.local_memory_instructions} local-memory instructions")
+        problems.append(
+            f"{name} spills: {row.spill_bytes} B stack, {row.local_memory_instructions} local-memory instructions"
+        )
     recorded = baseline.get(f"{row.source} {row.name}")
     if recorded is None:
         return [*problems, f"{name} has no recorded baseline; run: python -m dreamkernels report --save-baseline"]
@@ -62,7 +60,7 @@ def compare_with_baseline(row: KernelReport, baseline: dict[str, dict[str, objec
         problems.append(f"{name} fits {row.blocks_per_sm} blocks per multiprocessor, recorded {blocks}")
     widths = recorded["global_accesses"]
     assert isinstance(widths, dict)
-    for kind in ("load 16 B", "store 16 B"):
-        if widths.get(kind, 0) and not row.global_accesses.get(kind, 0):
-            problems.append(f"{name} lost its {kind} accesses: {row.global_accesses}")
-    return problems
+    lost = [
+        kind for kind in ("load 16 B", "store 16 B") if widths.get(kind, 0) and not row.global_accesses.get(kind, 0)
+    ]
+    return [*problems, *(f"{name} lost its {kind} accesses: {row.global_accesses}" for kind in lost)]

@@ -17,6 +17,7 @@ from dreamkernels.ops.launch import LAUNCH_OPTIONS, ShippedKernel
 from dreamkernels.ops.operator import OPERATORS
 from dreamkernels.report.machine_code import FunctionCode, read_cubin, read_shared_library
 
+
 @dataclass(frozen=True)
 class KernelReport:
     """One kernel at one set of launch parameters on one architecture."""

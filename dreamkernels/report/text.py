@@ -15,8 +15,8 @@ def _accesses(row: KernelReport) -> tuple[int, int]:
 
 
 def as_table(architecture: str, rows: Sequence[KernelReport], problems: Sequence[str]) -> str:
-    """One line per kernel: per thread registers and spilled bytes, per block shared bytes, per multiprocessor blocks and occupancy,
-    and the numbers of 16-byte and of narrower global memory instructions."""
+    """One line per kernel: per thread registers and spilled bytes, per block shared bytes, per multiprocessor blocks
+    and occupancy, and the numbers of 16-byte and of narrower global memory instructions."""
     table = [_HEADER]
     for row in rows:
         wide, narrow = _accesses(row)
@@ -36,10 +36,14 @@ def as_table(architecture: str, rows: Sequence[KernelReport], problems: Sequence
     widths = [max(len(line[k]) for line in table) for k in range(len(_HEADER))]
     left = {0, 6}
     lines = [
-        "  ".join(text.ljust(width) if k in left else text.rjust(width) for k, (text, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.ljust(width) if k in left else text.rjust(width)
+            for k, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in table
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     spilling = sum(bool(row.spill_bytes or row.local_memory_instructions) for row in rows)
-    summary = f"{architecture}: {len(rows)} kernels, {spilling} with spills, {len(problems)} problems against the recorded baseline"
+    compared = f"{len(problems)} problems against the recorded baseline"
+    summary = f"{architecture}: {len(rows)} kernels, {spilling} with spills, {compared}"
     return "\n".join([*lines, "", summary, *(f"  {problem}" for problem in problems), ""])

@@ -1,4 +1,4 @@
-"""Tools for testing operators: error bounds, compilation, repeatability, instruction sets, and bfloat16 in Triton's interpreter."""
+"""For testing operators: error bounds, compilation, repeatability, instruction sets, the interpreter's bfloat16."""
 
 from dreamkernels.libraries import cpu_isa, set_cpu_isa, supported_cpu_isas
 from dreamkernels.testing.checks import assert_compiles_once, assert_repeats_bitwise, check_operator, using_cpu_isa

@@ -13,7 +13,7 @@ from dreamkernels import libraries
 
 
 def check_operator(overload: Any, cases: Iterable[Sequence[Any]]) -> None:
-    """Runs torch.library.opcheck (schema, autograd registration, fake tensor, AOT dispatch with dynamic shapes) on each case."""
+    """Runs torch.library.opcheck (schema, autograd, fake tensor, AOT dispatch with dynamic shapes) on each case."""
     for arguments in cases:
         torch.library.opcheck(overload, tuple(arguments))
 
@@ -21,9 +21,11 @@ def check_operator(overload: Any, cases: Iterable[Sequence[Any]]) -> None:
 def assert_compiles_once(
     function: Callable[..., Any], calls: Sequence[Sequence[Any]], backend: str = "inductor", dynamic: bool | None = None
 ) -> None:
-    """Asserts that torch.compile(fullgraph=True) gives the results of eager on every call and compiles for the first one only.
+    """Asserts that torch.compile(fullgraph=True) gives the results of eager on every call and compiles for the first
+    one only.
 
-    The calls must not differ in what legitimately recompiles (dtype, number of dimensions, and shapes unless dynamic=True).
+    The calls must not differ in what legitimately recompiles (dtype, number of dimensions, and shapes unless
+    dynamic=True).
     """
     torch._dynamo.reset()
     frames = 0
@@ -52,14 +54,16 @@ def assert_repeats_bitwise(function: Callable[[], Any], repeats: int = 3) -> Non
         for count in [threads] * (repeats - 1) + [1]:
             torch.set_num_threads(count)
             for number, (a, b) in enumerate(zip(first, tensors(), strict=True)):
-                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"tensor {number} differs ({count} threads)"
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (
+                    f"tensor {number} differs ({count} threads)"
+                )
     finally:
         torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
 def using_cpu_isa(isa: str) -> Iterator[None]:
-    """Runs the compiled CPU operators with one instruction set ("scalar", "avx2", "avx512"), and then with the one before."""
+    """Within it the compiled CPU operators use one instruction set: "scalar", "avx2" or "avx512"."""
     before = libraries.cpu_isa()
     libraries.set_cpu_isa(isa)
     try:

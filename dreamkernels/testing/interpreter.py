@@ -1,8 +1,9 @@
 """Right bfloat16 arithmetic in Triton's interpreter.
 
-The interpreter keeps bfloat16 as uint16 and computes on the bits: sums and products of bfloat16 are silently wrong, and float32 is truncated
-instead of rounded (triton-lang/triton #4972 and #11584; declined upstream). `install` makes every operation on bfloat16 compute in float32
-and round to nearest even, as the compiled kernels do. Not covered: atomics on bfloat16, which the interpreter refuses itself.
+The interpreter keeps bfloat16 as uint16 and computes on the bits: sums and products of bfloat16 are silently wrong,
+and float32 is truncated instead of rounded (triton-lang/triton #4972 and #11584; declined upstream). `install` makes
+every operation on bfloat16 compute in float32 and round to nearest even, as the compiled kernels do. Not covered:
+atomics on bfloat16, which the interpreter refuses itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CUDA C++ library: builds against the stable ABI, loads on a CPU-only torch, and says clearly where it cannot run."""
+"""The CUDA C++ library: stable ABI only, loads on a CPU-only torch, says where it cannot run."""
 
 import re
 import subprocess

@@ -51,7 +51,9 @@ def test_without_triton_cuda_falls_back_loudly(monkeypatch):
     monkeypatch.setattr(operators, "triton_installed", lambda: False)
     with pytest.warns(dreamkernels.FallbackWarning, match="triton is not installed"):
         assert operators.choose("splice_embeddings", "auto", "cuda") == "reference"
-    with pytest.raises(ValueError, match='implementation="triton" of rms_norm cannot run on cuda: triton is not installed'):
+    with pytest.raises(
+        ValueError, match='implementation="triton" of rms_norm cannot run on cuda: triton is not installed'
+    ):
         operators.choose("rms_norm", "triton", "cuda")
 
 
@@ -60,7 +62,8 @@ def test_missing_libraries_are_named_once_and_everything_still_works(tmp_path):
     code = """
 import shutil, sys, warnings, pathlib, numpy, torch
 source = pathlib.Path(sys.argv[1])
-shutil.copytree(source, pathlib.Path(sys.argv[2]) / "dreamkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+copy = pathlib.Path(sys.argv[2]) / "dreamkernels"
+shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 sys.path.insert(0, sys.argv[2])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -113,7 +116,9 @@ def test_information_names_every_operator_and_is_valid_json():
     text = information.as_text(information.collect())
     for name in operators.OPERATORS:
         assert name in text
-    done = subprocess.run([sys.executable, "-m", "dreamkernels", "info", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamkernels", "info", "--json"], capture_output=True, text=True, check=True
+    )
     facts = json.loads(done.stdout)
     assert facts["versions"]["torch"] == torch.__version__
     assert {part["name"] for part in facts["libraries"]} == {"_cpu", "_cuda", "_C"}
@@ -123,4 +128,12 @@ def test_build_information_has_no_date_and_names_the_abi():
     build = libraries.build_information()
     assert build["torch_target_version"] == "0x020b000000000000"
     assert build["cpu_isas"].split(",")[0] == "scalar"
-    assert set(build) == {"compiler", "flags", "cpu_isas", "torch_target_version", "nvcc", "cuda_architectures", "git_commit"}
+    assert set(build) == {
+        "compiler",
+        "flags",
+        "cpu_isas",
+        "torch_target_version",
+        "nvcc",
+        "cuda_architectures",
+        "git_commit",
+    }

@@ -1,4 +1,4 @@
-"""rms_norm on this machine's own devices: compiled CPU kernels at every instruction set; Triton and CUDA C++ where there is a GPU."""
+"""rms_norm on the devices of this machine: CPU at every instruction set; Triton and CUDA C++ where there is a GPU."""
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from dreamkernels.testing import (
 )
 from tests.support.operators import DTYPES, assert_close_to_float64, dtype_name
 from tests.support.rms_norm import SHAPES, inputs, reference, trials
-
 
 GPU = [
     pytest.param("triton", marks=pytest.mark.gpu),
@@ -146,7 +145,10 @@ def test_without_gradients_the_lighter_overload_gives_the_same_bits():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_registration(dtype):
     x, weight, residual = inputs((3, 40), dtype, residual=True)
-    check_operator(OPERATORS["rms_norm"].overloads["default"], [(x, weight, 1e-6), (x.transpose(0, 1).detach()[:40, :3], weight.detach()[:3], 1e-6)])
+    check_operator(
+        OPERATORS["rms_norm"].overloads["default"],
+        [(x, weight, 1e-6), (x.transpose(0, 1).detach()[:40, :3], weight.detach()[:3], 1e-6)],
+    )
     check_operator(OPERATORS["add_rms_norm"].overloads["default"], [(x, residual, weight, 1e-6)])
     plain = [t.detach() for t in (x, weight, residual)]
     check_operator(OPERATORS["rms_norm"].overloads["inference"], [(plain[0], plain[1], 1e-6)])

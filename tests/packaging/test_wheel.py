@@ -26,14 +26,28 @@ def build(command: list[str], where: Path, **environment: str) -> subprocess.Com
     """Builds from a copy of the sources, so that neither the checkout nor its build folder is touched."""
     sources = where / "sources"
     sources.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "csrc", "dreamkernels", "dreamllm", "README.md"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "MANIFEST.in",
+        "csrc",
+        "dreamkernels",
+        "dreamllm",
+        "README.md",
+    ):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", str(ROOT / name), str(sources)], check=True)
     for library in (sources / "dreamkernels").glob("*.so"):
         library.unlink()
     settings = {"DREAMKERNELS_BUILD_CUDA": "0", **environment}
     return subprocess.run(
-        [sys.executable, *command], cwd=sources, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=sources,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -45,13 +59,17 @@ def build_wheel(where: Path, **environment: str) -> tuple[Path, str]:
 
 
 def run_alone(wheel: Path, where: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs code where only the wheel, torch and NumPy can be imported: -S and -P leave out this environment's other packages' hooks."""
+    """Runs code on the contents of the wheel; -S keeps an editable installation of this checkout out of the way."""
     installed = where / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     libraries = {str(Path(module.__file__).parents[1]) for module in (torch, numpy)}
     start = f"import sys; sys.path[:0] = [{str(installed)!r}]; sys.path += {sorted(libraries)!r}\n"
     return subprocess.run(
-        [sys.executable, "-S", "-W", "always", "-c", start + code], cwd=where, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-W", "always", "-c", start + code],
+        cwd=where,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -88,7 +106,7 @@ def test_without_torch_the_build_stops_with_one_line(tmp_path):
     hide = (
         f"import sys, importlib.util as u; sys.path.append({packages!r}); find = u.find_spec; "
         "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); "
-        "sys.argv = ['setup.py', 'build_ext']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+        "sys.argv = ['setup.py', 'build_ext']; import runpy; runpy.run_path('setup.py', run_name='__main__')"
     )
     done = build(["-S", "-c", hide], tmp_path)
     assert done.returncode != 0

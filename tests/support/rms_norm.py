@@ -4,7 +4,8 @@ import torch
 
 from dreamkernels.ops.rms_norm.reference import rms_norm
 
-# Widths around the vector sizes (8, 16), the unrolled step (64), and real ones; rows around the blocks of 4 and the chunks of 16.
+# Widths around the vector sizes (8, 16), the unrolled step (64), and real ones; rows around the blocks of 4 and the
+# chunks of 16.
 SHAPES = ((0, 8), (1, 1), (3, 1), (1, 7), (5, 16), (4, 17), (17, 63), (33, 65), (2, 3, 130), (70, 257), (6, 4096))
 
 

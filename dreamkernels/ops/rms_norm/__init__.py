@@ -79,19 +79,21 @@ ADD_RMS_NORM = define(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
     if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, which rms_norm does not support (float32, bfloat16, float16); cast it")
+        raise ValueError(
+            f"x has dtype {x.dtype}, which rms_norm does not support (float32, bfloat16, float16); cast it"
+        )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight has dtype {weight.dtype} but x has {x.dtype}; cast one of them")
     if x.dim() < 1 or weight.dim() != 1 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(f"x {list(x.shape)} needs a weight [{x.shape[-1] if x.dim() else 0}], not {list(weight.shape)}")
+        raise ValueError(
+            f"x {list(x.shape)} needs a weight [{x.shape[-1] if x.dim() else 0}], not {list(weight.shape)}"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device} but x is on {x.device}; move one of them")
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
-    ):
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         raise ValueError(
-            f"residual {list(residual.shape)} {residual.dtype} on {residual.device} must have the shape, dtype and device of "
-            f"x: {list(x.shape)} {x.dtype} on {x.device}"
+            f"residual {list(residual.shape)} {residual.dtype} on {residual.device} must have the shape, dtype and "
+            f"device of x: {list(x.shape)} {x.dtype} on {x.device}"
         )
 
 
@@ -118,8 +120,9 @@ def rms_norm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalises the last dimension of x by its root mean square and scales it by weight.
 
-    y = weight * round(x / sqrt(mean(x^2) + eps)), with LLaMA's rounding: mean and quotient are computed in float32, the normalised
-    value is rounded to the dtype of x and then multiplied. With a residual, h = x + residual (rounded to the dtype) is normalised.
+    y = weight * round(x / sqrt(mean(x^2) + eps)), with LLaMA's rounding: mean and quotient are computed in float32,
+    the normalised value is rounded to the dtype of x and then multiplied. With a residual, h = x + residual (rounded to
+    the dtype) is normalised.
     Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 
     Args:

@@ -6,8 +6,9 @@ Forward: one program holds ROWS whole rows in registers, so a row is read once a
 
 Rows too wide for the registers of one program are walked over in blocks, twice (`*_wide_kernel`).
 
-Backward: one program walks over a contiguous chunk of rows and keeps the weight gradient of its chunk in registers; a second kernel adds
-the chunks in their order. The number of chunks is a launch parameter of the architecture, so results repeat bit for bit.
+Backward: one program walks over a contiguous chunk of rows and keeps the weight gradient of its chunk in registers; a
+second kernel adds the chunks in their order. The number of chunks is a launch parameter of the architecture, so
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from dreamkernels.ops.launch import LAUNCH_OPTIONS, TRITON_DTYPES, ShippedKernel
 
 @triton.jit
 def forward_kernel(
-    x, residual, weight, y, new_residual, rows, width, eps, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    y,
+    new_residual,
+    rows,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -262,7 +273,9 @@ def _shipped_forward(dtype: torch.dtype, entry: dict[str, int], residual: bool) 
     wide = "block_columns" in entry
     signature = dict.fromkeys(("x", "residual", "weight", "y", "new_residual"), pointer)
     signature |= {"width": "i32", "eps": "fp32"} if wide else {"rows": "i32", "width": "i32", "eps": "fp32"}
-    shape = {"BLOCK": entry["block_columns"]} if wide else {"ROWS": entry["rows_per_program"], "BLOCK": entry["max_width"]}
+    shape = (
+        {"BLOCK": entry["block_columns"]} if wide else {"ROWS": entry["rows_per_program"], "BLOCK": entry["max_width"]}
+    )
     return ShippedKernel(
         operator="add_rms_norm" if residual else "rms_norm",
         kernel=forward_wide_kernel if wide else forward_kernel,

@@ -48,9 +48,7 @@ def _backward(backward: Any) -> Callable[..., Any]:
 SPLICE_EMBEDDINGS = define(
     "splice_embeddings",
     "(Tensor token_embeds, Tensor[] sources, Tensor index) -> Tensor",
-    fake=lambda token_embeds, sources, index: torch.empty_like(
-        token_embeds, memory_format=torch.contiguous_format
-    ),
+    fake=lambda token_embeds, sources, index: torch.empty_like(token_embeds, memory_format=torch.contiguous_format),
     triton=f"{_TRITON}:splice_embeddings",
     cuda=True,
     autograd=Autograd(_backward, _save, BACKWARD),
@@ -90,20 +88,21 @@ def splice_embeddings(
     """Replaces chosen rows of the token embeddings by rows of the sources.
 
     Number the rows of all sources one after another: row r of sources[k] has the number N_0 + ... + N_(k-1) + r. Then
-    out[t] = token_embeds[t] where index[t] = -1, and the source row with number index[t] otherwise. A row may be placed at
-    any number of positions, as each dream query is, or at none.
+    out[t] = token_embeds[t] where index[t] = -1, and the source row with number index[t] otherwise. A row may be
+    placed at any number of positions, as each dream query is, or at none.
 
     Args:
         token_embeds: [T, H], float32, bfloat16 or float16.
         sources: tensors [N_k, H], dtype and device of token_embeds; N_k may be zero, and there may be no source.
-        index: int32 or int64 [T], each -1 or in [0, N_0 + N_1 + ...). On CPU a value out of range raises; on CUDA it is not
-            checked, since that would stop the host: the row is undefined (never out of bounds of memory; it keeps the token).
+        index: int32 or int64 [T], each -1 or in [0, N_0 + N_1 + ...). On CPU a value out of range raises; on CUDA it
+            is not checked, since that would stop the host: the row is undefined (never out of bounds of memory; it
+            keeps the token).
         implementation: "auto" (CPU: C++, CUDA: Triton), or one of "cpu", "triton", "cuda", "reference".
 
     Returns:
         [T, H], contiguous. One read and one write per row, and no host synchronisation. Differentiable with respect to
-        token_embeds (zero at replaced rows) and every source: the gradient of a source row is the sum over the positions where it
-        was placed, accumulated in float32 in ascending order, so it is bitwise reproducible.
+        token_embeds (zero at replaced rows) and every source: the gradient of a source row is the sum over the
+        positions where it was placed, accumulated in float32 in ascending order, so it is bitwise reproducible.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the implementation cannot run on the device.

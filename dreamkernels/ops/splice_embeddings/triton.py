@@ -1,11 +1,12 @@
 """GPU kernels of splice_embeddings.
 
-Forward: program (t, c) copies columns [c * BLOCK, (c + 1) * BLOCK) of row t from where index[t] says. The sources are separate tensors;
-a launch takes SOURCES_PER_LAUNCH of them and writes the rows that come from those (the first launch also the kept tokens), so every
-row is read once and written once whatever the number of sources.
+Forward: program (t, c) copies columns [c * BLOCK, (c + 1) * BLOCK) of row t from where index[t] says. The sources are
+separate tensors; a launch takes SOURCES_PER_LAUNCH of them and writes the rows that come from those (the first launch
+also the kept tokens), so every row is read once and written once whatever the number of sources.
 
-Backward: positions are sorted by source row (stable, so ascending within a row); program (r, c) then adds the gradients of the positions
-of source row r in that order. No atomics: results repeat bit for bit, and nothing is read back by the host.
+Backward: positions are sorted by source row (stable, so ascending within a row); program (r, c) then adds the
+gradients of the positions of source row r in that order. No atomics: results repeat bit for bit, and nothing is read
+back by the host.
 """
 
 from __future__ import annotations
@@ -90,9 +91,7 @@ def _launch(x: torch.Tensor, kernel: str) -> dict[str, int]:
     return launch_parameters(architecture_of(x.device), f"splice_embeddings_{kernel}", x.shape[1])
 
 
-def splice_embeddings(
-    token_embeds: torch.Tensor, sources: Sequence[torch.Tensor], index: torch.Tensor
-) -> torch.Tensor:
+def splice_embeddings(token_embeds: torch.Tensor, sources: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     token_embeds, index = token_embeds.contiguous(), index.contiguous()
     out = torch.empty_like(token_embeds)
     if not token_embeds.numel():

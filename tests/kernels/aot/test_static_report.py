@@ -1,4 +1,4 @@
-"""Every GPU kernel that ships, compiled ahead of time: no spills, 16-byte accesses, no worse than recorded. Needs no GPU."""
+"""Every GPU kernel that ships, compiled ahead of time: no spills, 16-byte accesses, no worse than recorded."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""These tests run Triton kernels on the CPU, in a process of their own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
+"""Triton kernels on the CPU, in a process of their own: TRITON_INTERPRET is read when a kernel is decorated."""
 
 import os
 
@@ -16,4 +16,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not INTERPRETING:
         for item in items:
             if item.path.is_relative_to(os.path.dirname(__file__)):
-                item.add_marker(pytest.mark.skip(reason="needs a process of its own: TRITON_INTERPRET=1 pytest tests/kernels/interpreter"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs a process of its own: TRITON_INTERPRET=1 pytest tests/kernels/interpreter"
+                    )
+                )
