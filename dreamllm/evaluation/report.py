@@ -27,7 +27,7 @@ RESULT_NAMES = {
     "counting_drawn": ("the right digit in it", ""),
     "judge": ("The judge", "real scans that the judge itself reads rightly; it was trained on scans only"),
 }
-SHOWN_CAPTIONS, SHOWN_CREATED, SHOWN_REAL, SHOWN_MAPS = 60, 12, 4, 64
+SHOWN_CAPTIONS, SHOWN_CREATED, SHOWN_REAL, SHOWN_MAPS = 60, 10, 4, 64
 
 STYLE = """
 body { font-size: 1.0625rem; }
@@ -71,7 +71,7 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
   display: grid; grid-template-columns: 3.4rem max-content max-content; gap: 0.45rem 1.6rem; align-items: center;
 }
 .set { display: flex; gap: 0.4rem; }
-.set .px { width: 36px; height: 36px; }
+.set .px { width: 40px; height: 40px; }
 .wrong { outline: 2px solid var(--bad); outline-offset: 1px; }
 
 .captions { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: 1.1rem 0.8rem; }
@@ -99,9 +99,9 @@ footer { margin-top: 4rem; padding-top: 1.2rem; border-top: 1px solid var(--line
 @media (max-width: 40rem) {
   .result, .result.part { grid-template-columns: 1fr auto; }
   .result .scale { grid-column: 1 / -1; grid-row: 2; }
-  .digits > div { grid-template-columns: 2.6rem max-content max-content; gap: 0.35rem 0.8rem; }
-  .set { gap: 0.25rem; } .set .px { width: 26px; height: 26px; }
-  .attention .px { width: 44px; height: 44px; }
+  .digits > div { grid-template-columns: 2.6rem 1fr; gap: 2px 0.4rem; margin-bottom: 0.5rem; }
+  .set { grid-column: 2; gap: 2px; } .set .px { width: 24px; height: 24px; }
+  .attention .px { width: 40px; height: 40px; }
 }
 """
 
@@ -204,8 +204,8 @@ def _created(samples: DigitsSamples) -> str:
         )
     wrong = int(np.sum(samples.judged != samples.wanted))
     note = (
-        f"Left, real scans it has never seen; right, what it drew, the first of each number, not a selection. "
-        f"Framed: the judge reads another digit ({wrong} of all {len(samples.wanted)} drawn)."
+        f"Of each number {SHOWN_REAL} real scans it has never seen, then the first {SHOWN_CREATED} it drew, "
+        f"not a selection. Framed: the judge reads another digit ({wrong} of all {len(samples.wanted)} drawn)."
     )
     return f'<h2>Created digits</h2><p class="note">{note}</p><div class="digits">{"".join(rows)}</div>'
 
