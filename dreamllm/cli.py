@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -65,7 +65,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one subcommand. A user's mistake ends with one line on standard error and exit status 2."""
-    arguments = [_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)]
+    arguments = normalise(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     name = parsed.command
@@ -81,6 +81,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"dreamllm {name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Spellings that people expect -> those of jsonargparse.
+
+    `--from-original` is `--from_original`; `--draw` alone is `--draw=true`; `--images A --images B` makes a list.
+    """
+    arguments = [_with_underscores(argument) for argument in argv]
+    command = next((a for a in arguments if a in COMMANDS), None)
+    hints = get_type_hints(COMMANDS[command].function) if command else {}
+    for i, argument in enumerate(arguments):
+        hint = hints.get(argument.removeprefix("--")) if argument.startswith("--") else None
+        following = arguments[i + 1] if i + 1 < len(arguments) else ""
+        if hint is bool and following not in ("true", "false"):
+            arguments[i] += "=true"
+        elif hint is not None and any(get_origin(kind) in (list, Sequence) for kind in (hint, *get_args(hint))):
+            arguments[i] += "" if following.startswith("[") else "+"
+    return arguments
 
 
 def _with_underscores(argument: str) -> str:

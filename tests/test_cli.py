@@ -6,7 +6,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from dreamllm.cli import COMMANDS, build_parser, main
+from dreamllm.cli import COMMANDS, build_parser, main, normalise
 from tests.golden import reference
 from tests.tiny import NUM_QUERIES, write_components
 
@@ -82,9 +82,22 @@ def test_traceback_on_request(tmp_path):
         main(["--traceback", "convert", str(tmp_path / "out")])
 
 
-def test_parser_accepts_both_spellings():
-    parser = build_parser()
-    assert parser.parse_args(["convert", "--from_original=a", "out"]).convert.from_original.name == "a"
+@pytest.mark.parametrize("spelling", ["--from-original=a", "--from_original=a"])
+def test_parser_accepts_both_spellings(spelling):
+    assert parse("convert", spelling, "out").convert.from_original.name == "a"
+
+
+def test_flags_and_repeated_options():
+    values = parse("generate", "--model", "m", "--draw", "seven", "--images", "a.png", "--images", "b.png").generate
+    assert values.draw is True
+    assert values.raw is False
+    assert [path.name for path in values.images] == ["a.png", "b.png"]
+    assert values.prompt == "seven"
+    assert parse("generate", "--model", "m", "--draw", "false", "seven").generate.draw is False
+
+
+def parse(*arguments: str):
+    return build_parser().parse_args(normalise(arguments))
 
 
 def test_module_and_version():
