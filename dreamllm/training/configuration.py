@@ -136,14 +136,19 @@ class StageConfig:
 class RunSettings:
     """How a run proceeds on this machine.
 
-    - `precision`: "float32", or "bfloat16" (autocast; parameters and optimiser stay float32).
-    - `device`: "auto" (CUDA when there is one), "cpu" or "cuda".
-    - `num_threads`: CPU threads of torch; None leaves torch's choice.
-    - `workers`: processes that prepare batches; 0 prepares them in the training process.
-    - `checkpoint_every`: steps between checkpoints. `keep_checkpoints`: how many of a stage are kept while it runs.
-    - `keep_stage_models`: keep each stage's model folder, or only the last.
-    - `log_every`: steps per line of metrics; values are means over them.
-    - `max_bad_fraction`, `max_consecutive_bad`: how many unusable samples are tolerated, see `dreamllm.data`.
+    Attributes:
+        precision: "float32", or "bfloat16" (autocast; parameters and optimiser stay float32).
+        device: "auto" is CUDA when there is one.
+        num_threads: CPU threads of torch; None leaves torch's choice.
+        workers: processes that prepare batches; 0 prepares them in the training process.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many checkpoints of a stage are kept while it runs.
+        keep_stage_models: keep each stage's model folder, or only the last.
+        log_every: steps per line of metrics; values are means over them.
+        max_bad_fraction: tolerated share of unusable samples, judged from the hundredth sample of a stage on.
+        max_consecutive_bad: unusable samples in a row after which the run stops.
+
+    Raises `ValueError` for values outside their range.
     """
 
     precision: Precision = "float32"

@@ -39,6 +39,7 @@ def run(config: RunConfig, console: Console | None = None) -> Path:
     claim_folder(config.out / CONFIG, config.describe(), FREE_TO_CHANGE, lambda text: say(console, text))
     with _threads(config.settings.num_threads), quiet_transformers(), InterruptRequest() as interrupt:
         _Run(config, console).stages(interrupt)
+    say(console, f"the model is in {config.out / MODEL}")
     return config.out / MODEL
 
 
