@@ -27,7 +27,7 @@ RESULT_NAMES = {
     "counting_drawn": ("the right digit in it", ""),
     "judge": ("The judge", "real scans that the judge itself reads rightly; it was trained on scans only"),
 }
-SHOWN_CAPTIONS, SHOWN_CREATED, SHOWN_REAL, SHOWN_MAPS = 60, 10, 4, 64
+SHOWN_CAPTIONS, SHOWN_CREATED, SHOWN_REAL, SHOWN_MAPS, MAPS_PER_ROW = 60, 10, 4, 64, 8
 
 STYLE = """
 body { font-size: 1.0625rem; }
@@ -79,7 +79,7 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
 .captions .px { width: 56px; height: 56px; margin: 0 auto 0.35rem; }
 .captions figcaption { font: 0.82rem/1.3 var(--label); overflow-wrap: anywhere; }
 
-.documents { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 1.4rem; }
+.documents { display: grid; gap: 1rem; }
 .document {
   background: var(--raised); border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem 1.3rem;
 }
@@ -264,7 +264,8 @@ def _attention(samples: DigitsSamples) -> str:
         f"one scale per row; an even share would be {1 / queries:.1%}."
     )
     return (
-        f'<h2>Attention of the dream queries</h2><p class="note">{note}</p><div class="attention">{"".join(rows)}</div>'
+        f'<h2>Attention of the dream queries</h2><p class="note">{note}</p>'
+        f'<div class="attention" style="--columns: {min(shown, MAPS_PER_ROW)}">{"".join(rows)}</div>'
     )
 
 
