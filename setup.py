@@ -1,12 +1,14 @@
 """Builds the three native parts of dreamkernels. Everything else about the package is in pyproject.toml.
 
-    dreamkernels/_cpu.abi3.so    CPU operators, against LibTorch's stable ABI: independent of the torch and Python
-    version dreamkernels/_cuda.abi3.so   CUDA operators, compiled by nvcc for sm_80, sm_90 and PTX; also loads on a
-    CPU-only torch dreamkernels/_C.*.so         pybind11 module without torch: build information and sequence packing
+- dreamkernels/_cpu.abi3.so: CPU operators against LibTorch's stable ABI, independent of the torch and Python version.
+- dreamkernels/_cuda.abi3.so: CUDA operators, compiled by nvcc for sm_80, sm_90 and PTX; also loads on a CPU-only torch.
+- dreamkernels/_C.*.so: pybind11 module without torch: build information and sequence packing.
 
 Settings, read from the environment because pip passes nothing else through reliably:
-    DREAMKERNELS_BUILD_CUDA=auto|0|1   auto (default): build the CUDA library when nvcc is found; 1: a missing nvcc is
-    an error CXX, NVCC                          the compilers to use
+
+- DREAMKERNELS_BUILD_CUDA=auto|0|1. auto (default): build the CUDA library when nvcc is found. 1: a missing nvcc is an
+  error.
+- CXX, NVCC: the compilers to use.
 
 Without a C++ compiler the package installs without native parts; its reference and Triton implementations then serve.
 """

@@ -22,7 +22,7 @@ from dreamllm.recipes.command import train
 class Command:
     """`function` becomes a subcommand; its parameters named in `positional` are given without an option name."""
 
-    function: Callable[..., None]
+    function: Callable[..., object]
     positional: tuple[str, ...] = ()
 
 
@@ -113,5 +113,5 @@ def _plain(values: Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(values).items() if key not in ("config", "__path__")}
 
 
-def _summary(function: Callable[..., None]) -> str:
+def _summary(function: Callable[..., object]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]

@@ -106,7 +106,6 @@ def pack_batch(
     images = [image for s in documents for image in s.images]
     targets = [image for s in documents for image in s.targets]
     dream_starts = _absolute([s.dream_starts for s in documents], offsets)
-    null_start = offsets[-2] + 2 if with_null else None
     queries = np.arange(layout.num_dream_queries)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -120,7 +119,7 @@ def pack_batch(
         max_seqlen=int(lengths.max()),
         pixel_values=transforms.vision(_load(images)) if images else None,
         target_pixel_values=transforms.target(_load(targets)) if targets else None,
-        null_positions=torch.from_numpy(null_start + queries) if with_null else None,
+        null_positions=torch.from_numpy(offsets[-2] + 2 + queries) if with_null else None,
         names=tuple(s.name for s in documents),
     )
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from dreamllm.model.codec import IdentityCodec
-from dreamllm.model.configuration import DreamLLMConfig
+from dreamllm.model.configuration import DreamLLMConfig, ProjectorKind
 from dreamllm.model.folders import resolve_folder
 from dreamllm.model.modeling import DreamLLM
 from dreamllm.model.processor import (
@@ -49,9 +49,9 @@ class AssembleOptions:
     """
 
     num_dream_queries: int = 64
-    visual_projector: str = "linear"
+    visual_projector: ProjectorKind = "linear"
     visual_projector_depth: int = 1
-    condition_projector: str = "linear"
+    condition_projector: ProjectorKind = "linear"
     condition_projector_depth: int = 1
     max_sequence_length: int | None = None
     template: str = "vicuna_v1.1"
@@ -116,7 +116,7 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
     return config.vision_config if model_type == "clip" else config
 
 
-def read_diffusion_configs(folder: Path) -> dict[str, dict[str, Any]]:
+def read_diffusion_configs(folder: Path) -> dict[str, Any]:
     """The three configurations of a Stable Diffusion folder. Without `vae/`, `model_index.json` must say so."""
     configs = {}
     for part, name in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
@@ -143,9 +143,12 @@ def load_diffusion(model: DreamLLM, folder: Path) -> None:
 
 def _load_language_model(model: DreamLLM, folder: Path, old_vocab: int) -> None:
     tensors = read_folder(folder)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer.weight.shape[0] > old_vocab:
-            torch.nn.init.normal_(layer.weight[old_vocab:].detach(), std=NEW_ROW_STD)
+    for weight in (
+        model.get_input_embeddings().get_parameter("weight"),
+        model.get_output_embeddings().get_parameter("weight"),
+    ):
+        if weight.shape[0] > old_vocab:
+            torch.nn.init.normal_(weight[old_vocab:].detach(), std=NEW_ROW_STD)
     own = model.language_model.state_dict()
     for name, tensor in tensors.items():
         if (

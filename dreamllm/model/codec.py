@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,7 +17,7 @@ class IdentityCodec(nn.Module):
         self.channels = channels
 
 
-Codec = AutoencoderKL | IdentityCodec
+Codec: TypeAlias = AutoencoderKL | IdentityCodec
 
 
 def build_codec(config: dict[str, Any]) -> Codec:

@@ -35,7 +35,7 @@ def convert(
     _require_empty(out)
     if to_original is not None:
         convert_to_original(to_original, out)
-    else:
+    elif from_original is not None:
         if clip is None or diffusion is None:
             raise ValueError(
                 "--from-original also needs --clip DIR and --diffusion DIR for the components' configurations"

@@ -10,6 +10,7 @@ from dreamllm.documents.layout import SequenceLayout
 
 LossScale = Literal["none", "l1_norm", "l2_norm"]
 Compat = Literal["default", "original"]
+ProjectorKind = Literal["linear", "mlp"]
 TOKEN_FIELDS = ("bos", "eos", "pad", "im_start", "im_patch", "im_end", "dream_start", "dream_end")
 
 
@@ -51,10 +52,10 @@ class DreamLLMConfig(PretrainedConfig):
         scheduler_config: dict[str, Any] | None = None,
         token_ids: dict[str, int] | None = None,
         num_dream_queries: int = 64,
-        visual_projector: Literal["linear", "mlp"] = "linear",
+        visual_projector: ProjectorKind = "linear",
         visual_projector_depth: int = 1,
         visual_projector_norm: bool = False,
-        condition_projector: Literal["linear", "mlp"] = "linear",
+        condition_projector: ProjectorKind = "linear",
         condition_projector_depth: int = 1,
         select_layer: int = -2,
         max_sequence_length: int = 2048,

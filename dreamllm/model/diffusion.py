@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from dreamllm.model.configuration import DreamLLMConfig
@@ -98,7 +99,7 @@ def _betas(config: dict[str, Any]) -> Tensor:
 def diffusion_loss(
     config: DreamLLMConfig,
     schedule: NoiseSchedule,
-    unet: torch.nn.Module,
+    unet: UNet2DConditionModel,
     latents: Tensor,
     condition: Tensor,
     draws: DiffusionDraws,

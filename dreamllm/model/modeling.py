@@ -122,14 +122,14 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         Takes transformers' arguments (dtype, device_map, ...). Unlike transformers' own, a missing, mis-shaped or
         unexpected tensor is a `CheckpointError` that names it with expected and found shape.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that all are found and named, not only the first
         source = str(pretrained_model_name_or_path)
         try:
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"{source} holds a truncated or corrupt weight file: {error}") from error
-        problems = [f"missing: {name} {list(model.get_parameter(name).shape)}" for name in sorted(info["missing_keys"])]
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        problems = [f"missing: {name} {shapes[name]}" for name in sorted(info["missing_keys"])]
         problems += [
             f"wrong shape: {name}, expected {list(expected)}, found {list(found)}"
             for name, found, expected in sorted(info["mismatched_keys"])
@@ -137,7 +137,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
         if problems:
             raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:20]))
-        return (model, info) if wants_info else model
+        return model
 
     # -- parts ------------------------------------------------------------
 
@@ -328,15 +328,17 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         """
         slots = None
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("input_ids or inputs_embeds must be given")
             self._check_ids(input_ids, past_key_values)
             slots = find_slots(input_ids, self.layout, past_key_values is None or _is_empty(past_key_values))
             if slots is not None:
                 with_targets = target_pixel_values is not None or target_latents is not None
                 inputs_embeds = self._embed_slots(input_ids, slots, pixel_values, with_targets)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = self._positions(
-                attention_mask, (input_ids if input_ids is not None else inputs_embeds).shape[1]
-            )
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            assert given is not None
+            position_ids = self._positions(attention_mask, given.shape[1])
         outputs = self.decoder(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
@@ -362,9 +364,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             hidden_states=states_BTH if kwargs.get("output_hidden_states") else None,
         )
 
-    def _check_ids(self, input_ids: Tensor | None, past_key_values: Any) -> None:
-        if input_ids is None:
-            raise ValueError("input_ids or inputs_embeds must be given")
+    def _check_ids(self, input_ids: Tensor, past_key_values: Any) -> None:
         length = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
         if length > self.layout.max_length:
             raise ValueError(f"{length} tokens exceed the context of {self.layout.max_length}")
@@ -412,7 +412,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             raise ValueError("target pictures need input_ids, so that their dream slots can be found")
         positions = slots.dream_positions()
         given = latents if latents is not None else pixels
-        if self.config.compat == "original":  # surplus slots are silently dropped there
+        if self.config.compat == "original" and given is not None:  # surplus slots are silently dropped there
             positions = positions[: given.shape[0]]
         latents = self._latents(pixels, latents, positions.shape[0], generator)
         needs_null = self.config.condition_dropout > 0 or (draws is not None and draws.keep_condition is not None)

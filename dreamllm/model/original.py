@@ -262,7 +262,7 @@ def _load_queries(model: DreamLLM, tensors: dict[str, Tensor], folder: Path) -> 
 
 def _language_tensors(model: DreamLLM) -> dict[str, Tensor]:
     tensors = {k: v.contiguous() for k, v in model.language_model.state_dict().items()}
-    frequencies = model.decoder.rotary_emb.inv_freq
+    frequencies = model.decoder.get_buffer("rotary_emb.inv_freq")
     for i in range(model.config.text_config.num_hidden_layers):
         tensors[f"model.layers.{i}.self_attn.{ROTARY_BUFFER}"] = frequencies.to(model.dtype).clone()
     return tensors

@@ -200,9 +200,8 @@ class DreamLLMProcessor(ProcessorMixin):
         size = self.settings.target_size
         if min(image.size) != size:
             ratio = size / min(image.size)
-            image = image.resize(
-                tuple(max(size, round(side * ratio)) for side in image.size), Image.Resampling.BILINEAR
-            )
+            width, height = (max(size, round(side * ratio)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
         if self.settings.target_channels == 1:

@@ -66,7 +66,7 @@ class Scans:
 
 
 def load_scans() -> tuple[Scans, Scans]:
-    """scikit-learn's digits: the first 1,500 to train on and the last 297, by other writers, never to be trained on.
+    """scikit-learn's digits: the first 1,500 to train on and the last 297, never to be trained on.
 
     Raises `ModuleNotFoundError` when scikit-learn is not installed.
     """

@@ -20,6 +20,8 @@ from dreamllm.recipes.digits.data import (
     reading_turn,
 )
 
+Maker = Callable[[Scans, random.Random], Document]
+
 NOMINAL_LENGTH = 6000
 """Documents per epoch of a reader that makes them at random: each scan about four times."""
 
@@ -27,7 +29,7 @@ NOMINAL_LENGTH = 6000
 class RandomDocuments(Reader):
     """Documents made at random from scans; which one stands at (index, epoch) follows from the seed."""
 
-    def __init__(self, name: str, make: Callable[[Scans, random.Random], Document], scans: Scans, seed: int) -> None:
+    def __init__(self, name: str, make: Maker, scans: Scans, seed: int) -> None:
         self.name, self.make, self.scans, self.seed = name, make, scans, seed
 
     def __len__(self) -> int:

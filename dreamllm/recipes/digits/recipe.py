@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -91,7 +91,7 @@ def run(
 def stages(train: Scans, config: DigitsConfig, seed: int, scale: float) -> tuple[StageConfig, ...]:
     """The four stages; the halves of stage I run one after the other, as in the original program."""
 
-    def part(make, weight: float) -> Part:
+    def part(make: documents.Maker, weight: float) -> Part:
         reader = documents.RandomDocuments(make.__name__, make, train, derive_seed(seed, "documents"))
         return Part(reader, weight=weight)
 
@@ -100,7 +100,7 @@ def stages(train: Scans, config: DigitsConfig, seed: int, scale: float) -> tuple
 
     reading, drawing = part(documents.reading_pair, 1), part(documents.drawing_pair, 1)
     counting, instructions = part(documents.counting_document, 1), part(documents.instruction, 3)
-    common = {"warmup_ratio": config.warmup_ratio}
+    common: dict[str, Any] = {"warmup_ratio": config.warmup_ratio}
     return (
         StageConfig(
             "stage1-comprehension", "stage1_comprehension", (reading,), steps(config.steps_comprehension), 32,
@@ -164,8 +164,3 @@ def _summarise(evaluation: DigitsEvaluation, report: Path, model: Path, seconds:
     say(
         console, f'  try      dreamllm generate --model {model} "Count from two to five with pictures." --out page.html'
     )
-
-
-def read_results(out: Path) -> dict:
-    """The stored results of a run."""
-    return json.loads((out / EVALUATION_FOLDER / "digits.json").read_text())
