@@ -1,4 +1,4 @@
-"""The text loop: agreement with the original and with transformers, pictures in the answer, independence, refusals."""
+"""The text loop: agreement with transformers, pictures in the answer, independence, refusals."""
 
 from dataclasses import replace
 
@@ -51,18 +51,6 @@ def shown(answer):
 
 
 # -- agreement --------------------------------------------------------------------------------
-
-
-def test_the_originals_greedy_continuation():
-    model, processor = load_original(reference.CHECKPOINT, reference.CLIP, reference.DIFFUSION)
-    ids, expected = reference.array("gen_prompt")[0].tolist(), reference.array("gen_ids")[0].tolist()
-    after_picture = ids.index(processor.layout.im_end) + 1
-    assert ids[:2] == [processor.layout.bos, processor.layout.im_start]
-    processor.vision = lambda images: reference.array("images")[:1]
-    processor.encode_text = lambda text: ids[after_picture:]
-    start = Document((Picture(random_picture(0), comprehension=True), Text("the recorded ids")))
-    options = GenerationOptions(max_new_tokens=len(expected) - len(ids), pictures="forbid")
-    assert list(Engine(model, processor).answer(start, options).token_ids) == expected[len(ids) :]
 
 
 @pytest.mark.parametrize("index", range(4))
