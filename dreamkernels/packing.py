@@ -12,8 +12,8 @@ def pack_sequences(lengths: npt.ArrayLike, budget: int, look_ahead: int = 256) -
     """Assigns each sequence to a bin of at most `budget` tokens: first fit with look-ahead.
 
     Sequences are taken in order. A bin is filled from the next `look_ahead` sequences that have no bin yet, earliest
-    first, and is closed when none of them fits. look_ahead=1 keeps the order strictly. The result depends on the
-    arguments alone.
+    first, and is closed when none of them fits; the one that has waited longest opens the next bin. look_ahead=1 keeps
+    the order strictly. The result depends on the arguments alone.
 
     Args:
         lengths: integers [N], tokens per sequence; may be zero.

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dreamkernels import libraries, pack_sequences
@@ -12,6 +12,7 @@ LENGTHS = st.lists(st.integers(0, 50), max_size=60).map(lambda values: np.array(
 
 
 @settings(deadline=None, max_examples=300)
+@example(lengths=np.array([1, 50, 0, 0]), budget=50, look_ahead=2)
 @given(lengths=LENGTHS, budget=st.integers(50, 120), look_ahead=st.integers(1, 70))
 def test_properties(lengths, budget, look_ahead):
     bin_of, bins = pack_sequences(lengths, budget, look_ahead)
@@ -21,9 +22,12 @@ def test_properties(lengths, budget, look_ahead):
     assert len(tokens) == bins
     assert (tokens <= budget).all()
     assert sorted(set(bin_of.tolist())) == list(range(bins)), "every bin holds a sequence"
-    # A sequence is overtaken by fewer than look_ahead later ones: the window never holds more.
+    # A sequence overtakes fewer than look_ahead earlier ones: the window never holds more.
     for i in range(len(lengths)):
-        assert (bin_of[i + 1 :] < bin_of[i]).sum() < look_ahead
+        assert (bin_of[:i] > bin_of[i]).sum() < look_ahead
+    # Nothing waits for ever: whatever has waited longest opens the next bin.
+    for number in range(1, bins):
+        assert np.flatnonzero(bin_of == number)[0] == np.flatnonzero(bin_of >= number)[0]
     # First fit: two consecutive bins could not have been one while every sequence was in view.
     if look_ahead >= len(lengths) and bins > 1:
         for first in range(bins - 1):
