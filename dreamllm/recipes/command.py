@@ -22,7 +22,7 @@ def train(
     """Trains a DreamLLM by a recipe. Rerun the same command to resume.
 
     Args:
-        recipe: name of the recipe.
+        recipe: name of the recipe: digits (scanned digits, a few minutes) or small (your own pictures with captions).
         out: folder of the run; the trained model will be in its subfolder model.
         data: folder or file with the training data, for recipes that take it.
         components: folder with subfolders llm, clip and diffusion to start from, for recipes that take it.

@@ -26,6 +26,9 @@ from dreamllm.training.progress import quiet_transformers, say
 DRAWING = {"scheduler": "ddim", "steps": 25, "guidance_scale": 1.25}
 """How the model recommends drawing: a small UNet on small pictures needs few steps and little guidance."""
 
+SETTINGS = RunSettings(checkpoint_every=100)
+"""Stages are short, so checkpoints are frequent."""
+
 EVALUATION = DigitsOptions(
     captions=("{article} {word}", "a picture of {article} {word}"),
     counting_text="",  # from the pictures alone: the words beside them would give the answer away
@@ -79,9 +82,7 @@ def run(
         pretrain_components(out / "components", ComponentConfig(seed=seed, scale=scale), console)
         start = _assemble(out / "start", out / "components", config, seed)
     say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
-    model = run_stages(
-        RunConfig(start, stages(train, config, seed, scale), out, seed, settings or RunSettings()), console
-    )
+    model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings or SETTINGS), console)
     evaluation = evaluate(model, train, unseen, out, console)
     report = write_report(out)
     _summarise(evaluation, report, model, time.perf_counter() - started, console)
