@@ -50,7 +50,7 @@ class LanguageModelConfig:
     context: int = 512
     vocab_size: int = 640
     texts: int = 20_000
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=400, batch_size=48, learning_rate=2e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=600, batch_size=32, learning_rate=2e-3))
 
     def llama(self) -> dict[str, Any]:
         """Fields of `LlamaConfig`."""

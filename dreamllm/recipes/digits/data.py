@@ -149,7 +149,7 @@ def vocabulary_texts(dialogue: Dialogue) -> list[str]:
 
 
 def _text(rng: random.Random, dialogue: Dialogue) -> str:
-    kind = rng.choices((_caption, _echo, _count, _spaced, _dialogue), (15, 25, 15, 18, 27))[0]
+    kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
     return kind(rng, dialogue)
 
 
@@ -193,10 +193,12 @@ def _spaced(rng: random.Random, dialogue: Dialogue) -> str:
     return dialogue(f"Count from {WORDS[first]} to {WORDS[last]} with {name}.", body)
 
 
-def _dialogue(rng: random.Random, dialogue: Dialogue) -> str:
-    kind = rng.choice(
-        (_counting_turn, _counting_turn, _neighbour_turn, _reading_turn, _drawing_turn, _next_turn, _sum_turn)
-    )
+def _counting_dialogue(rng: random.Random, dialogue: Dialogue) -> str:
+    return dialogue(*_counting_turn(rng))
+
+
+def _other_dialogue(rng: random.Random, dialogue: Dialogue) -> str:
+    kind = rng.choice((_neighbour_turn, _reading_turn, _drawing_turn, _next_turn, _sum_turn))
     return dialogue(*(rng.choice(SMALL_TALK) if rng.random() < 0.12 else kind(rng)))
 
 
@@ -236,3 +238,8 @@ def _sum_turn(rng: random.Random) -> tuple[str, str]:
 def _bounds(rng: random.Random) -> tuple[int, int]:
     first = rng.randrange(9)
     return first, rng.randrange(first + 1, 10)
+
+
+_SHARES = {_caption: 10, _echo: 20, _count: 5, _spaced: 28, _counting_dialogue: 20, _other_dialogue: 17}
+"""Percent of the corpus. The hardest thing in it is to stop counting at the number that was asked for: with half as many
+counting texts the language model did so for 63% of plain requests, with these shares for all of them."""
