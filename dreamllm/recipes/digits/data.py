@@ -241,5 +241,5 @@ def _bounds(rng: random.Random) -> tuple[int, int]:
 
 
 _SHARES = {_caption: 10, _echo: 20, _count: 5, _spaced: 28, _counting_dialogue: 20, _other_dialogue: 17}
-"""Percent of the corpus. The hardest thing in it is to stop counting at the number that was asked for: with half as many
-counting texts the language model did so for 63% of plain requests, with these shares for all of them."""
+"""Percent of the corpus. The hardest thing in it is to stop counting at the number that was asked for: with half as
+many counting texts the language model did so for 63% of plain requests, with these shares for all of them."""

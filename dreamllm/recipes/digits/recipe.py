@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,13 @@ def run(
     console = Console()
     started = time.perf_counter()
     make_folder(out)
-    arguments = {"recipe": "digits", "seed": seed, "scale": scale}
+    config, components = DigitsConfig(), ComponentConfig(seed=seed, scale=scale)
+    arguments = {"recipe": "digits", "seed": seed, "scale": scale, **asdict(config), "components": asdict(components)}
     claim_folder(out / "recipe.json", arguments, say=lambda text: say(console, text))
     train, unseen = load_scans()
-    config = DigitsConfig()
     with quiet_transformers():
         say(console, "components: a language model, a vision encoder and a picture decoder, each on its own")
-        pretrain_components(out / "components", ComponentConfig(seed=seed, scale=scale), console)
+        pretrain_components(out / "components", components, console)
         start = _assemble(out / "start", out / "components", config, seed)
     say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
     model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings or SETTINGS), console)
