@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     try:
         COMMANDS[name].function(**values)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if parsed.traceback:
             raise
         print(f"dreamllm {name}: {error}", file=sys.stderr)

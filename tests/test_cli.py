@@ -1,7 +1,9 @@
 """The `dreamllm` command as a user meets it."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -9,6 +11,8 @@ from safetensors.torch import load_file
 from dreamllm.cli import COMMANDS, build_parser, main, normalise
 from tests.golden import reference
 from tests.tiny import NUM_QUERIES, write_components
+
+ROOT = Path(__file__).parent.parent
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -103,3 +107,21 @@ def parse(*arguments: str):
 def test_module_and_version():
     run = subprocess.run([sys.executable, "-m", "dreamllm", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("dreamllm ")
+
+
+def test_without_what_it_needs_the_command_says_so(tmp_path):
+    """As after installing the operators alone: a package is missing when the command starts."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['jsonargparse'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "dreamllm", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 1
+    assert "the package jsonargparse is not installed" in ended.stderr
+    assert ".[dreamllm]" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_missing_scikit_learn_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("dreamllm.recipes.digits.data.load_digits", None)
+    text = failure(capsys, "train", "--recipe", "digits", "--out", str(tmp_path / "run"))
+    assert "pip install scikit-learn" in text
