@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,6 +242,7 @@ def optimise(
     optimizer = torch.optim.AdamW(module.parameters(), lr=schedule.learning_rate, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.steps)
     module.train()
+    started = time.perf_counter()
     with StageProgress(console or Console(), label, schedule.steps, 0) as progress:
         for step in range(1, schedule.steps + 1):
             rows = torch.randint(0, count, (schedule.batch_size,), generator=generator)
@@ -252,7 +254,8 @@ def optimise(
             decay.step()
             progress.advance()
             if step % 10 == 0 or step == schedule.steps:
-                progress.show(step, f"loss {value.item():.3f}")
+                speed = step * schedule.batch_size / (time.perf_counter() - started)
+                progress.show(step, f"loss {value.item():.3f} {speed:.0f} samples/s")
     module.eval()
 
 
