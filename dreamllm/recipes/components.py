@@ -14,7 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dreamllm.data import derive_seed
+from dreamllm.model import AssembleOptions, assemble
 from dreamllm.model.processor import SENTENCEPIECE_FILE, CLIPImageProcessorPil
 from dreamllm.training.files import write_folder
 from dreamllm.training.progress import StageProgress
@@ -51,6 +52,31 @@ class Schedule:
     steps: int
     batch_size: int
     learning_rate: float
+
+
+def write_start(folder: Path, components: Path, options: AssembleOptions, seed: int) -> Path:
+    """Assembles `components` (its subfolders llm, clip and diffusion) into the model folder that stage I starts from.
+
+    New weights follow from `seed`. Returns `folder`; one that is there is kept. Raises `ValueError` naming the
+    subfolders that are missing.
+    """
+    if folder.is_dir():
+        return folder
+    llm, clip, diffusion = (components / name for name in ("llm", "clip", "diffusion"))
+    absent = [part.name for part in (llm, clip, diffusion) if not part.is_dir()]
+    if absent:
+        raise ValueError(
+            f"components folder {components} lacks {', '.join(absent)}; llm, clip and diffusion are needed"
+        )
+    options = replace(options, seed=derive_seed(seed, "assemble") % (1 << 31))
+    model, processor = assemble(llm, clip, diffusion, options)
+
+    def fill(target: Path) -> None:
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
+
+    write_folder(folder, fill, "the assembled model")
+    return folder
 
 
 def write_language_model(

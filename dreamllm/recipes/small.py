@@ -14,16 +14,21 @@ from rich.console import Console
 
 from dreamllm.data import CaptionInstructions, Pairs, PairSource, Part, Permutation, derive_seed, open_pairs
 from dreamllm.documents import PLAIN, VICUNA_V1_1, ChatTemplate, PictureError, load_picture
-from dreamllm.model import AssembleOptions, DreamLLM, DreamLLMProcessor, assemble
+from dreamllm.model import AssembleOptions
 from dreamllm.model.processor import CLIPImageProcessorPil
-from dreamllm.recipes.components import Schedule, write_denoiser, write_language_model, write_vision_encoder
+from dreamllm.recipes.components import (
+    Schedule,
+    write_denoiser,
+    write_language_model,
+    write_start,
+    write_vision_encoder,
+)
 from dreamllm.training import (
     RunConfig,
     RunSettings,
     StageConfig,
     claim_folder,
     make_folder,
-    write_folder,
 )
 from dreamllm.training import (
     run as run_stages,
@@ -120,7 +125,7 @@ def run(
     with quiet_transformers():
         if components is None:
             components = make_components(out / "components", source, seed, scale, console)
-        start = _assemble(out / "start", Path(components), plan, seed)
+        start = write_start(out / "start", Path(components), plan.assemble, seed)
     return run_stages(RunConfig(start, stages(source, plan, seed, scale), out, seed, settings), console)
 
 
@@ -200,26 +205,6 @@ def _as_instruction(caption: str, index: int) -> str:
     if index % 2:
         return f"{opening}{QUESTIONS[index // 2 % len(QUESTIONS)]}{closing} {caption}"
     return f"{opening}{REQUESTS[index // 2 % len(REQUESTS)].replace('{caption}', caption)}{closing}"
-
-
-def _assemble(folder: Path, components: Path, plan: Plan, seed: int) -> Path:
-    if folder.is_dir():
-        return folder
-    llm, clip, diffusion = (components / name for name in ("llm", "clip", "diffusion"))
-    absent = [part.name for part in (llm, clip, diffusion) if not part.is_dir()]
-    if absent:
-        raise ValueError(
-            f"components folder {components} lacks {', '.join(absent)}; llm, clip and diffusion are needed"
-        )
-    options = AssembleOptions(**{**vars(plan.assemble), "seed": derive_seed(seed, "assemble") % (1 << 31)})
-    model, processor = assemble(llm, clip, diffusion, options)
-    write_folder(folder, lambda target: _save(model, processor, target), "the assembled model")
-    return folder
-
-
-def _save(model: DreamLLM, processor: DreamLLMProcessor, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def _scaled(steps: int, scale: float) -> int:

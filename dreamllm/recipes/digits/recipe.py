@@ -15,11 +15,12 @@ from dreamllm.evaluation.digits import TARGETS, DigitsEvaluation, DigitsOptions,
 from dreamllm.evaluation.digits_judge import DigitsJudge
 from dreamllm.evaluation.report import EVALUATION_FOLDER, write_report
 from dreamllm.inference import load
-from dreamllm.model import AssembleOptions, assemble
+from dreamllm.model import AssembleOptions
+from dreamllm.recipes.components import write_start
 from dreamllm.recipes.digits import documents
 from dreamllm.recipes.digits.components import ComponentConfig, pretrain_components
 from dreamllm.recipes.digits.data import Scans, load_scans
-from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder, write_folder
+from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder
 from dreamllm.training import run as run_stages
 from dreamllm.training.progress import quiet_transformers, say
 
@@ -80,7 +81,10 @@ def run(
     with quiet_transformers():
         say(console, "components: a language model, a vision encoder and a picture decoder, each on its own")
         pretrain_components(out / "components", components, console)
-        start = _assemble(out / "start", out / "components", config, seed)
+        options = AssembleOptions(
+            num_dream_queries=config.num_dream_queries, template="plain", config={"drawing": DRAWING}
+        )
+        start = write_start(out / "start", out / "components", options, seed)
     say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
     model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings or SETTINGS), console)
     evaluation = evaluate(model, train, unseen, out, console)
@@ -130,25 +134,6 @@ def evaluate(model: Path, train: Scans, unseen: Scans, out: Path, console: Conso
         evaluation = evaluate_digits(assistant, unseen.pictures, unseen.labels, judge, EVALUATION, console)
     evaluation.save(out / EVALUATION_FOLDER)
     return evaluation
-
-
-def _assemble(folder: Path, components: Path, config: DigitsConfig, seed: int) -> Path:
-    if folder.is_dir():
-        return folder
-    options = AssembleOptions(
-        num_dream_queries=config.num_dream_queries,
-        template="plain",
-        seed=derive_seed(seed, "assemble") % (1 << 31),
-        config={"drawing": DRAWING},
-    )
-    model, processor = assemble(components / "llm", components / "clip", components / "diffusion", options)
-
-    def fill(target: Path) -> None:
-        model.save_pretrained(target)
-        processor.save_pretrained(target)
-
-    write_folder(folder, fill, "the assembled model")
-    return folder
 
 
 def _summarise(evaluation: DigitsEvaluation, report: Path, model: Path, seconds: float, console: Console) -> None:
