@@ -53,6 +53,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mfma",
         "-mf16c",
     ]
+    ISA_FLAGS["avx512bf16"] = ["-DDK_VEC_LEVEL=513", *ISA_FLAGS["avx512"][1:], "-mavx512bf16"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 
 

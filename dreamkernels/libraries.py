@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-CPU_ISAS = ("scalar", "avx2", "avx512")
+CPU_ISAS = ("scalar", "avx2", "avx512", "avx512bf16")  # in the order of enum Isa in csrc/common/isa.h
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -104,7 +104,7 @@ def supported_cpu_isas() -> tuple[str, ...]:
 
 
 def set_cpu_isa(isa: str) -> None:
-    """Makes the compiled CPU operators of this process use one instruction set: "scalar", "avx2", "avx512" or "auto".
+    """Makes the compiled CPU operators of this process use one instruction set: one of CPU_ISAS, or "auto".
 
     Meant for tests and benchmarks; "auto" (the best one that the processor has) is in force from the start.
     Raises ValueError for a name that is unknown or that this processor or build does not have.

@@ -6,7 +6,7 @@ namespace dreamkernels {
 namespace {
 
 Isa best_isa() {
-  for (Isa isa : {Isa::avx512, Isa::avx2}) {
+  for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2}) {
     if (isa_supported(isa)) return isa;
   }
   return Isa::scalar;
@@ -30,6 +30,7 @@ bool isa_supported(Isa isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512bf16: return isa_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
     default: return false;
   }
@@ -45,7 +46,7 @@ __attribute__((visibility("default"))) int dreamkernels_cpu_isa() {
   return static_cast<int>(dreamkernels::active_isa());
 }
 __attribute__((visibility("default"))) int dreamkernels_cpu_isa_supported(int level) {
-  return level >= 0 && level <= 2 && dreamkernels::isa_supported(static_cast<dreamkernels::Isa>(level));
+  return level >= 0 && level <= 3 && dreamkernels::isa_supported(static_cast<dreamkernels::Isa>(level));
 }
 __attribute__((visibility("default"))) void dreamkernels_set_cpu_isa(int level) {
   using namespace dreamkernels;

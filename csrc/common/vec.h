@@ -5,7 +5,18 @@
 //   load(p, Full{})             width elements at p                  store(p, v, Full{})
 //   load(p, Tail{n})            the first n < width, others zero     store(p, v, Tail{n})
 //   round_to<E>(v)              v at the precision of element type E
-//   v + w, v * w, fma(a, b, c) = a * b + c, sum(v)
+//   v + w, v - w, v * w, v / w, fma(a, b, c) = a * b + c
+//   max(a, b), min(a, b)        lane by lane; b where one of them is NaN
+//   sum(v), maximum(v)          over the lanes (maximum of NaN: unspecified)
+//   select_less(a, b, t, e)     t where a < b, else e
+//   lane_numbers()              0, 1, 2, ...
+//   round_to_integer(v)         to nearest even, |v| < 2^22      times_power_of_two(v, n)   v * 2^n, integral n in [-300, 250]
+//   exp(v), sigmoid(v), tanh(v) below
+//
+// Pairs holds 2 * Vec::width bfloat16 as Vec::width pairs: load_pairs(p), store_pairs(p, a), broadcast_pair(p) (one pair in
+// every lane), pairs_of(v, w) (rounds; lane k is the pair v[k], w[k]), first_of(a), second_of(a), and
+//   dot(a, b, c)                c + first(a) * first(b) + second(a) * second(b), lane by lane
+// At the level avx512bf16 dot is one instruction, which takes denormals for zero.
 #pragma once
 #include "common/elements.h"
 
@@ -18,7 +29,7 @@ struct Tail {
 };
 }  // namespace dreamkernels
 
-#if DK_VEC_LEVEL == 512
+#if DK_VEC_LEVEL >= 512
 #include "common/vec_avx512.h"
 #elif DK_VEC_LEVEL == 2
 #include "common/vec_avx2.h"
@@ -34,6 +45,37 @@ DK_INLINE void for_each_vector(int64_t count, F&& f) {
   int64_t i = 0;
   for (; i + Vec::width <= count; i += Vec::width) f(i, Full{});
   if (i < count) f(i, Tail{static_cast<int>(count - i)});
+}
+
+// e^v = 2^n e^r with n = round(v / ln 2), |r| <= ln(2) / 2, and e^r = 1 + r + r^2 p(r). The coefficients of p are a least-maximum
+// fit: relative error 4e-9 before rounding, so the result is within one unit in the last place. Exact at the ends: e^-inf is 0,
+// overflow is inf, NaN stays.
+DK_INLINE Vec exp(Vec v) {
+  v = max(Vec(-104.0f), min(Vec(89.0f), v));
+  const Vec n = round_to_integer(v * Vec(1.44269504f));
+  Vec r = fma(n, Vec(-0.693359375f), v);  // ln 2 in two parts, so that the difference is exact
+  r = fma(n, Vec(2.12194440e-4f), r);
+  Vec p(0.001381459878757596f);
+  p = fma(p, r, Vec(0.008368716575205326f));
+  p = fma(p, r, Vec(0.04166838899254799f));
+  p = fma(p, r, Vec(0.1666652113199234f));
+  p = fma(p, r, Vec(0.4999999403953552f));
+  return times_power_of_two(fma(r * r, p, r) + Vec(1.0f), n);
+}
+
+DK_INLINE Vec sigmoid(Vec v) { return Vec(1.0f) / (Vec(1.0f) + exp(Vec(0.0f) - v)); }
+
+// 1 - 2 / (e^2v + 1) where that is at least 1/2; nearer to zero, where it would cancel, v - v^3 q(v^2).
+DK_INLINE Vec tanh(Vec v) {
+  const Vec far = Vec(1.0f) - Vec(2.0f) / (exp(v + v) + Vec(1.0f));
+  const Vec square = v * v;
+  Vec q(0.006205946672707796f);
+  q = fma(q, square, Vec(-0.02102552354335785f));
+  q = fma(q, square, Vec(0.05384168401360512f));
+  q = fma(q, square, Vec(-0.13332490622997284f));
+  q = fma(q, square, Vec(0.33333316445350647f));
+  const Vec near = fma(v * square, Vec(0.0f) - q, v);
+  return select_less(square, Vec(0.3125f), near, far);
 }
 
 }  // namespace dreamkernels::DK_ISA

@@ -1,6 +1,8 @@
-// AVX-512 (F, BW, DQ, VL): 16 floats; masked loads and stores for the tail.
+// AVX-512 (F, BW, DQ, VL): 16 floats; masked loads and stores for the tail. The level avx512bf16 adds native bfloat16 products.
 #pragma once
 #include <immintrin.h>
+
+#include <cstring>
 
 namespace dreamkernels::DK_ISA {
 
@@ -13,9 +15,22 @@ struct Vec {
 };
 
 DK_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.v, b.v)); }
+DK_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.v, b.v)); }
 DK_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
+DK_INLINE Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
+DK_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.v, b.v)); }
+DK_INLINE Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.v, b.v)); }
 DK_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
 DK_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+DK_INLINE float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
+DK_INLINE Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
+  return Vec(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), otherwise.v, then.v));
+}
+DK_INLINE Vec lane_numbers() {
+  return Vec(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+DK_INLINE Vec round_to_integer(Vec a) { return Vec(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+DK_INLINE Vec times_power_of_two(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.v, n.v)); }
 
 DK_INLINE __mmask16 mask_of(Tail tail) { return static_cast<__mmask16>((1u << tail.count) - 1u); }
 
@@ -70,5 +85,33 @@ template <>
 DK_INLINE Vec round_to<BFloat16>(Vec a) {
   return Vec(_mm512_castsi512_ps(_mm512_and_si512(rounded_bf16_bits(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
 }
+
+// Pairs of bfloat16 in 32-bit lanes.
+struct Pairs {
+  __m512i v;
+};
+DK_INLINE Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
+DK_INLINE void store_pairs(BFloat16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
+DK_INLINE Pairs broadcast_pair(const BFloat16* p) {
+  int32_t both;
+  std::memcpy(&both, p, sizeof both);
+  return {_mm512_set1_epi32(both)};
+}
+DK_INLINE Vec first_of(Pairs a) { return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))); }
+DK_INLINE Vec second_of(Pairs a) {
+  return Vec(_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
+}
+DK_INLINE Pairs pairs_of(Vec first, Vec second) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bf16_bits(first), 16), rounded_bf16_bits(second))};
+}
+#if DK_VEC_LEVEL == 513
+DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
+  return Vec(_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v)));
+}
+#else
+DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
+  return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
+}
+#endif
 
 }  // namespace dreamkernels::DK_ISA

@@ -18,8 +18,24 @@ DK_INLINE Vec operator+(Vec a, const Vec& b) {
   for (int k = 0; k < Vec::width; ++k) a.v[k] += b.v[k];
   return a;
 }
+DK_INLINE Vec operator-(Vec a, const Vec& b) {
+  for (int k = 0; k < Vec::width; ++k) a.v[k] -= b.v[k];
+  return a;
+}
 DK_INLINE Vec operator*(Vec a, const Vec& b) {
   for (int k = 0; k < Vec::width; ++k) a.v[k] *= b.v[k];
+  return a;
+}
+DK_INLINE Vec operator/(Vec a, const Vec& b) {
+  for (int k = 0; k < Vec::width; ++k) a.v[k] /= b.v[k];
+  return a;
+}
+DK_INLINE Vec max(Vec a, const Vec& b) {
+  for (int k = 0; k < Vec::width; ++k) a.v[k] = a.v[k] > b.v[k] ? a.v[k] : b.v[k];
+  return a;
+}
+DK_INLINE Vec min(Vec a, const Vec& b) {
+  for (int k = 0; k < Vec::width; ++k) a.v[k] = a.v[k] < b.v[k] ? a.v[k] : b.v[k];
   return a;
 }
 DK_INLINE Vec fma(Vec a, const Vec& b, const Vec& c) {
@@ -28,6 +44,21 @@ DK_INLINE Vec fma(Vec a, const Vec& b, const Vec& c) {
 }
 DK_INLINE float sum(const Vec& a) {
   return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7]));
+}
+DK_INLINE float maximum(const Vec& a) {
+  float largest = a.v[0];
+  for (int k = 1; k < Vec::width; ++k) largest = largest > a.v[k] ? largest : a.v[k];
+  return largest;
+}
+DK_INLINE Vec select_less(const Vec& a, const Vec& b, const Vec& then, const Vec& otherwise) {
+  Vec chosen;
+  for (int k = 0; k < Vec::width; ++k) chosen.v[k] = a.v[k] < b.v[k] ? then.v[k] : otherwise.v[k];
+  return chosen;
+}
+DK_INLINE Vec lane_numbers() {
+  Vec numbers;
+  for (int k = 0; k < Vec::width; ++k) numbers.v[k] = static_cast<float>(k);
+  return numbers;
 }
 
 DK_INLINE uint32_t float_bits(float x) {
@@ -39,6 +70,19 @@ DK_INLINE float bits_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+
+DK_INLINE Vec round_to_integer(Vec a) {  // adding 1.5 * 2^23 leaves no bit for a fraction; enough below 2^22
+  for (float& lane : a.v) lane = (lane + 0x1.8p23f) - 0x1.8p23f;
+  return a;
+}
+DK_INLINE float power_of_two(int32_t n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
+DK_INLINE Vec times_power_of_two(Vec a, const Vec& n) {  // in two factors: 2^n alone would leave the range of normal floats
+  for (int k = 0; k < Vec::width; ++k) {
+    const int32_t whole = static_cast<int32_t>(n.v[k]), half = whole >> 1;
+    a.v[k] = a.v[k] * power_of_two(half) * power_of_two(whole - half);
+  }
+  return a;
 }
 
 DK_INLINE float to_float(float x) { return x; }
@@ -103,6 +147,43 @@ DK_INLINE Vec round_to(Vec a) {
     lane = to_float(rounded);
   }
   return a;
+}
+
+// Pairs of bfloat16 in 32-bit lanes.
+struct Pairs {
+  BFloat16 v[2 * Vec::width];
+};
+DK_INLINE Pairs load_pairs(const BFloat16* p) {
+  Pairs a;
+  std::memcpy(a.v, p, sizeof a.v);
+  return a;
+}
+DK_INLINE void store_pairs(BFloat16* p, const Pairs& a) { std::memcpy(p, a.v, sizeof a.v); }
+DK_INLINE Pairs broadcast_pair(const BFloat16* p) {
+  Pairs a;
+  for (int k = 0; k < 2 * Vec::width; ++k) a.v[k] = p[k & 1];
+  return a;
+}
+DK_INLINE Vec first_of(const Pairs& a) {
+  Vec first;
+  for (int k = 0; k < Vec::width; ++k) first.v[k] = to_float(a.v[2 * k]);
+  return first;
+}
+DK_INLINE Vec second_of(const Pairs& a) {
+  Vec second;
+  for (int k = 0; k < Vec::width; ++k) second.v[k] = to_float(a.v[2 * k + 1]);
+  return second;
+}
+DK_INLINE Pairs pairs_of(const Vec& first, const Vec& second) {
+  Pairs a;
+  for (int k = 0; k < Vec::width; ++k) {
+    from_float(first.v[k], a.v[2 * k]);
+    from_float(second.v[k], a.v[2 * k + 1]);
+  }
+  return a;
+}
+DK_INLINE Vec dot(const Pairs& a, const Pairs& b, const Vec& c) {
+  return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
 }
 
 }  // namespace dreamkernels::DK_ISA

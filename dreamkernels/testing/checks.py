@@ -63,7 +63,7 @@ def assert_repeats_bitwise(function: Callable[[], Any], repeats: int = 3) -> Non
 
 @contextlib.contextmanager
 def using_cpu_isa(isa: str) -> Iterator[None]:
-    """Within it the compiled CPU operators use one instruction set: "scalar", "avx2" or "avx512"."""
+    """Within it the compiled CPU operators use one instruction set, one of `supported_cpu_isas()`."""
     before = libraries.cpu_isa()
     libraries.set_cpu_isa(isa)
     try:
