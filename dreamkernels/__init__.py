@@ -7,7 +7,7 @@
 
 from dreamkernels import libraries, ops
 from dreamkernels.libraries import MissingLibraryWarning, build_information
-from dreamkernels.ops import rms_norm, splice_embeddings
+from dreamkernels.ops import attention, explain, rms_norm, splice_embeddings
 from dreamkernels.ops.operator import FallbackWarning
 from dreamkernels.packing import pack_sequences
 from dreamkernels.version import __version__
@@ -18,7 +18,9 @@ __all__ = [
     "FallbackWarning",
     "MissingLibraryWarning",
     "__version__",
+    "attention",
     "build_information",
+    "explain",
     "ops",
     "pack_sequences",
     "rms_norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True)
 class Device:
-    """One architecture: `limits` by name and `launch` parameters by kernel, with their provenance."""
+    """One architecture: `limits` by name, `launch` parameters by kernel and the order of implementations by operator
+    (`choice`, where it depends on more than the device), each with its provenance."""
 
     architecture: str
     device: str
@@ -26,13 +27,15 @@ class Device:
     limits_provenance: str
     launch: dict[str, list[dict[str, int]]]
     launch_provenance: str
+    choice: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    choice_provenance: str = ""
 
 
 @cache
 def load_device(architecture: str) -> Device:
-    """The file of one of ARCHITECTURES."""
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r} is not known ({', '.join(ARCHITECTURES)})")
+    """The file of one of ARCHITECTURES, or of "cpu"."""
+    if architecture not in (*ARCHITECTURES, "cpu"):
+        raise ValueError(f"architecture {architecture!r} is not known ({', '.join((*ARCHITECTURES, 'cpu'))})")
     path = Path(__file__).with_name(f"{architecture}.json")
     return Device(**json.loads(path.read_text()))
 
@@ -52,16 +55,28 @@ def architecture_of(device: torch.device) -> str:
 
 
 @cache
-def launch_parameters(architecture: str, kernel: str, width: int) -> dict[str, Any]:
-    """The launch parameters of a kernel for rows of `width` elements: the first entry whose max_width is not exceeded.
+def launch_parameters(architecture: str, kernel: str, width: int, length: int = 0) -> dict[str, Any]:
+    """The launch parameters of a kernel for rows of `width` elements (and sequences of `length` of them, where its
+    entries tell lengths apart): the first entry whose max_width and max_length are not exceeded.
 
     Raises ValueError when the width is above every entry.
     """
     entries = load_device(architecture).launch[kernel]
     for entry in entries:
-        if width <= entry["max_width"]:
-            return {name: value for name, value in entry.items() if name != "max_width"}
+        if width <= entry["max_width"] and length <= entry.get("max_length", length):
+            return {name: value for name, value in entry.items() if name not in ("max_width", "max_length")}
     raise ValueError(
         f"width {width} is not supported by {kernel} on {architecture} (at most {entries[-1]['max_width']}); "
         'choose implementation="reference"'
     )
+
+
+@cache
+def order_of_choice(operator: str, device: str, width: int) -> tuple[tuple[str, ...], str]:
+    """The implementations of an operator for rows of `width` elements, best first, and how that order was found.
+
+    `device` is one of ARCHITECTURES or "cpu".
+    """
+    table = load_device(device)
+    entry = next(entry for entry in table.choice[operator] if width <= entry.get("max_width", width))
+    return tuple(entry["order"]), table.choice_provenance

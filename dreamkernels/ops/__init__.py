@@ -1,6 +1,8 @@
 """The operators. One subpackage per family: public function, schema, reference, Triton; C++ is under csrc/."""
 
+from dreamkernels.ops.attention import attention
+from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.splice_embeddings import splice_embeddings
 
-__all__ = ["rms_norm", "splice_embeddings"]
+__all__ = ["attention", "explain", "rms_norm", "splice_embeddings"]

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,15 @@ class Operator:
     dtypes: tuple[torch.dtype, ...]
     triton: str  # "module:function" of the Triton implementation
     cuda: bool = False  # the CUDA C++ library implements it too
+    # Implementations by other libraries, called without the dispatcher: name -> why not on a device type, or ""
+    external: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    explain: Callable[..., Any] | None = None  # where the choice depends on more than the device (ops/explanation.py)
     overloads: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names that `implementation` may take beside "auto"."""
+        return (*IMPLEMENTATIONS, *self.external)
 
     def qualified(self, overload: str = "default") -> str:
         return f"{NAMESPACE}::{self.name}" + ("" if overload == "default" else f".{overload}")
@@ -59,6 +67,8 @@ class Operator:
         """Why an implementation cannot run on a device, or "" when it can."""
         if implementation == "reference":
             return ""
+        if implementation in self.external:
+            return self.external[implementation](device_type)
         if implementation == "cpu":
             if device_type != "cpu":
                 return "it runs on cpu tensors only"
@@ -98,9 +108,11 @@ def define(
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
     cuda: bool = False,
     autograd: Autograd | None = None,
+    external: Mapping[str, Callable[[str], str]] | None = None,
+    explain: Callable[..., Any] | None = None,
 ) -> Operator:
     """Defines an operator with overloads, fake, Triton and autograd. C++ registers itself when the libraries load."""
-    operator = Operator(name, schema, dtypes, triton, cuda)
+    operator = Operator(name, schema, dtypes, triton, cuda, external or {}, explain)
     overloads = ["default", "triton"] + (["inference"] if autograd else []) + (["cuda"] if cuda else [])
     for overload in overloads:
         qualified = operator.qualified(overload)
@@ -142,7 +154,7 @@ _choices: dict[tuple[str, str, str], str] = {}
 
 
 def choose(name: str, implementation: str, device_type: str) -> str:
-    """Which implementation of an operator a call runs: one of IMPLEMENTATIONS, never "auto".
+    """Which implementation of an operator a call runs: one of its `implementations`, never "auto".
 
     "auto" takes the compiled kernel of the device (CPU: C++, CUDA: Triton); where it is missing, the reference, with
     one warning.
@@ -163,27 +175,41 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _choose(name: str, implementation: str, device_type: str) -> str:
     operator = OPERATORS[name]
     if implementation == "auto":
-        preferred = "triton" if device_type == "cuda" else "cpu"
+        preferred = preferred_on(device_type)
         reason = operator.unavailable(preferred, device_type)
         if not reason:
             return preferred
-        reported_at_import = device_type == "cpu"
-        if not reported_at_import:
-            warnings.warn(
-                f"{name} on {device_type} runs its reference in eager PyTorch ({preferred}: {reason}); "
-                "expect several times the time and memory traffic of the compiled operator",
-                FallbackWarning,
-                stacklevel=4,
-            )
+        warn_of_reference(name, device_type, f"{preferred}: {reason}", stacklevel=5)
         return "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown (auto, {', '.join(IMPLEMENTATIONS)})")
+    require_available(operator, implementation, device_type)
+    return implementation
+
+
+def preferred_on(device_type: str) -> str:
+    """The compiled kernels of a device: C++ on the CPU, Triton on CUDA."""
+    return "triton" if device_type == "cuda" else "cpu"
+
+
+def warn_of_reference(name: str, device_type: str, reason: str, stacklevel: int) -> None:
+    """The one warning of a fallback. On the CPU the missing library was reported at import."""
+    if device_type != "cpu":
+        warnings.warn(
+            f"{name} on {device_type} runs its reference in eager PyTorch ({reason}); "
+            "expect several times the time and memory traffic of the compiled operator",
+            FallbackWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def require_available(operator: Operator, implementation: str, device_type: str) -> None:
+    """Raises ValueError when an explicitly named implementation is unknown or cannot run on the device."""
+    if implementation not in operator.implementations:
+        raise ValueError(f"implementation {implementation!r} is unknown (auto, {', '.join(operator.implementations)})")
     if reason := operator.unavailable(implementation, device_type):
         raise ValueError(
-            f'implementation="{implementation}" of {name} cannot run on {device_type}: {reason}; '
+            f'implementation="{implementation}" of {operator.name} cannot run on {device_type}: {reason}; '
             'choose implementation="auto" or "reference"'
         )
-    return implementation
 
 
 def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Any:
@@ -199,7 +225,7 @@ def support_matrix() -> list[dict[str, Any]]:
     """One row per operator and implementation: for each device the dtypes, or why it cannot run here."""
     rows = []
     for _, operator in sorted(OPERATORS.items()):
-        for implementation in IMPLEMENTATIONS:
+        for implementation in operator.implementations:
             if implementation == "cuda" and not operator.cuda:
                 continue
             devices = {}
