@@ -1,0 +1,80 @@
+"""The forwards of decoders with LLaMA's layout, over dreamkernels' operators.
+
+Each takes the place of one class's forward on one instance and calls that instance's own submodules, so adapters,
+quantised projections and hooks on them keep working. What differs from transformers is named where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamkernels.integrations.report import patched_by_us
+from dreamkernels.nn import RMSNorm
+
+norm_forward = RMSNorm.forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer will read x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(residual + x), residual + x), in one operator where the norm is ours and nobody watches it."""
+    weight: Any = norm.weight
+    fits = torch.promote_types(x.dtype, residual.dtype) == weight.dtype
+    if patched_by_us(norm) and not has_hooks(norm) and fits:
+        return norm_forward(norm, x, residual)  # type: ignore[arg-type, return-value]
+    residual = residual + x
+    return norm(residual), residual
+
+
+def decoder_layer_forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Fuses the residual add after attention with the norm that follows it."""
+    residual = hidden_states
+    hidden_states, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states, residual = add_and_norm(self.post_attention_layernorm, hidden_states, residual)
+    return residual + self.mlp(hidden_states)
+
+
+def checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Gradient checkpointing for a replaced layer forward: transformers puts it around the forward of the class."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            # As transformers does: the recomputation would write to the cache a second time.
+            kwargs.update({name: None for name in ("past_key_values",) if name in kwargs})
+            kwargs.update({name: False for name in ("use_cache",) if name in kwargs})
+            return self._gradient_checkpointing_func(partial(forward, self, **kwargs), *args)
+        return forward(self, *args, **kwargs)
+
+    return run
