@@ -86,6 +86,22 @@ def test_sigmoid_and_tanh(probe):
     np.testing.assert_array_equal(mapped(probe.tanh_all, ends), np.float32([-1, 1, np.nan, -1, 1]))
 
 
+def test_standard_normal_keeps_relative_precision_in_both_tails(probe):
+    values = finite_floats(400_000, -13.0, 13.0, 5)
+    exact = torch.from_numpy(values.astype(np.float64))
+    # The exponent x^2 / 2 is a rounded float: an error of half a unit in it is one of up to x^2 / 2 units in the result.
+    units = 8 + values.astype(np.float64) ** 2 / 2
+    cdf = error_in_ulps(mapped(probe.normal_cdf_all, values), (torch.special.erfc(-exact / 2**0.5) / 2).numpy())
+    density = error_in_ulps(
+        mapped(probe.normal_density_all, values), (torch.exp(-exact * exact / 2) / np.sqrt(2 * np.pi)).numpy()
+    )
+    assert (cdf / units).max() <= 1
+    assert (density / units).max() <= 1
+    ends = np.float32([-np.inf, np.inf, np.nan, -40.0, 40.0])
+    np.testing.assert_array_equal(mapped(probe.normal_cdf_all, ends), np.float32([0, 1, np.nan, 0, 1]))
+    np.testing.assert_array_equal(mapped(probe.normal_density_all, ends), np.float32([0, 0, np.nan, 0, 0]))
+
+
 def test_maximum_minimum_and_selection(probe):
     width = probe.width()
     rng = np.random.default_rng(2)

@@ -25,6 +25,12 @@ void tanh_all(const float* from, float* to, int64_t count) {
 void sigmoid_all(const float* from, float* to, int64_t count) {
   map(from, to, count, [](Vec v) { return sigmoid(v); });
 }
+void normal_cdf_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return standard_normal(v).cdf; });
+}
+void normal_density_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return standard_normal(v).density; });
+}
 float maximum_of(const float* from) { return maximum(load(from, Full{})); }
 void larger_and_smaller(const float* a, const float* b, float* larger, float* smaller, float* where_less) {
   const Vec x = load(a, Full{}), y = load(b, Full{});
