@@ -113,13 +113,13 @@ def obstacle(module: nn.Module, kind: str, cls: type, options: dict[str, bool]) 
     wanted = KINDS[kind]
     if not options[wanted.option]:
         return f"{wanted.option}=False"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and getattr(module.forward, "__func__", None) is not type(module).forward:
         return "its forward was replaced on the instance already (by a hook or another library)"
     if inspect.unwrap(type(module).forward) is not inspect.unwrap(cls.forward):  # type: ignore[attr-defined]
         return f"{type(module).__name__} overrides the forward of {cls.__name__}"
     parameters = tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
     if parameters != wanted.parameters:
-        return f"this transformers' {cls.__name__}.forward takes ({', '.join(parameters)}), which is not the one known here"
+        return f"{cls.__name__}.forward takes ({', '.join(parameters)}) in this transformers, unlike the one known here"
     return OBSTACLES[kind](module) if kind in OBSTACLES else ""
 
 

@@ -101,11 +101,16 @@ class Assistant:
 
 
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: str = "float32", batch_size: int = 32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    batch_size: int = 32,
+    fused_operators: bool = True,
 ) -> Assistant:
     """Loads a model folder (as training and `dreamllm convert` write it).
 
-    `dtype` is that of the weights, e.g. "bfloat16"; `batch_size` as in `Engine`. Raises `CheckpointError` naming the
+    `dtype` is that of the weights, e.g. "bfloat16"; `batch_size` as in `Engine`; `fused_operators` as in
+    `DreamLLM.use_fused_operators`. Raises `CheckpointError` naming the
     files that are missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError` when there
     is no such folder.
     """
@@ -119,4 +124,5 @@ def load(
     if missing:
         raise CheckpointError(f"model folder {folder} is incomplete; missing: {', '.join(missing)}")
     model = DreamLLM.from_pretrained(folder, dtype=_DTYPES[dtype]).to(device).eval()  # type: ignore[arg-type]
+    model.use_fused_operators(fused_operators)
     return Assistant(Engine(model, DreamLLMProcessor.from_pretrained(folder), batch_size))

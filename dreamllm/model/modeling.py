@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from dreamkernels.integrations.transformers import Report, optimize
 from dreamkernels.ops import splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
@@ -99,6 +100,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.layout = config.layout()
         self.post_init()
         self._use_packed_attention()
+        self.operators: Report | None = None
+        self.use_fused_operators()
 
     def _init_weights(self, module: nn.Module) -> None:
         # Everything else keeps its library's own initialisation (the projectors PyTorch's, as in the original).
@@ -109,6 +112,17 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         model = self.language_model
         if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(ATTENTION_NAME)
+
+    def use_fused_operators(self, enabled: bool = True) -> None:
+        """Whether the language model runs dreamkernels' fused operators (the default) or transformers' own code.
+
+        `self.operators` reports what they replaced; None when they are not used.
+        """
+        if enabled and self.operators is None:
+            self.operators = optimize(self.language_model)
+        elif not enabled and self.operators is not None:
+            self.operators.undo()
+            self.operators = None
 
     @property
     def packs_attention(self) -> bool:

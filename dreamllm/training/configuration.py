@@ -139,6 +139,7 @@ class RunSettings:
     Attributes:
         precision: "float32", or "bfloat16" (autocast; parameters and optimiser stay float32).
         device: "auto" is CUDA when there is one.
+        fused_operators: the language model runs dreamkernels' operators; False: transformers' own code.
         num_threads: CPU threads of torch; None leaves torch's choice.
         workers: processes that prepare batches; 0 prepares them in the training process.
         checkpoint_every: steps between checkpoints.
@@ -153,6 +154,7 @@ class RunSettings:
 
     precision: Precision = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    fused_operators: bool = True
     num_threads: int | None = None
     workers: int = 0
     checkpoint_every: int = 500

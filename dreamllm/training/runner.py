@@ -107,6 +107,7 @@ class _Run:
 def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProcessor]:
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     model: Any = DreamLLM.from_pretrained(folder, dtype=torch.float32)
+    model.use_fused_operators(settings.fused_operators)
     return model.to("cpu" if device == "auto" else device), DreamLLMProcessor.from_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import pickle
 import subprocess
 import sys
 
@@ -292,6 +293,17 @@ def test_a_copy_of_an_optimised_model_is_independent():
     with torch.no_grad():
         model.model.norm.weight.zero_()
     assert torch.equal(logits(twin, inputs)[0], expected)
+
+
+def test_an_unpickled_model_has_its_own_code_and_can_be_optimised_again():
+    model, inputs = make("llama").eval(), batch()
+    expected = logits(model, inputs)[0]
+    optimize(model)
+    restored = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(restored, inputs)[0], expected)
+    report = optimize(restored)
+    assert report.replaced
+    assert not report.left
 
 
 def test_training_follows_the_same_curve():

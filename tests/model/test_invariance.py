@@ -170,3 +170,19 @@ def test_pack_batch_labels_never_cross_documents(tiny):
     boundaries = set((batch.cu_seqlens[1:] - 1).tolist())
     assert not boundaries & set(batch.loss_positions.tolist())
     assert torch.equal(batch.loss_targets, batch.input_ids[batch.loss_positions + 1])
+
+
+def test_fused_operators_change_nothing_beyond_rounding(tiny):
+    model, processor = tiny
+    assert model.operators.replaced
+    encoded = documents(processor)
+    fused = states_by_document(model, processor, encoded)
+    model.use_fused_operators(False)
+    assert model.operators is None
+    try:
+        stock = states_by_document(model, processor, encoded)
+    finally:
+        model.use_fused_operators()
+    assert not all(torch.equal(a, b) for a, b in zip(fused, stock, strict=True))  # other code did run
+    for ours, theirs in zip(fused, stock, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)

@@ -1,0 +1,1 @@
+"""Whole models: one module per kind of step."""
