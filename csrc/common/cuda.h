@@ -1,10 +1,9 @@
-// What CUDA operators need besides common/tensor.h: the current stream, launch checks, 16-byte loads and element conversions.
+// What CUDA operators need besides common/tensor.h: the current stream and launch checks.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "common/device.h"
 #include "common/tensor.h"
 
 // Only CUDA builds of torch export this symbol. Weak, so that the library also loads (for tests, and for `dreamkernels info`) on a
@@ -26,30 +25,6 @@ inline void check_launch(const char* op) {
 }
 
 inline bool aligned_to(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-template <class E>
-__device__ E from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-
-// kCount elements, moved in one instruction.
-template <class E, int kCount>
-struct alignas(sizeof(E) * kCount) Pack {
-  E value[kCount];
-};
 
 // Calls f with a null pointer to the CUDA element type.
 template <class F>
