@@ -7,7 +7,7 @@
 
 from dreamkernels import libraries, ops
 from dreamkernels.libraries import MissingLibraryWarning, build_information
-from dreamkernels.ops import attention, explain, rms_norm, splice_embeddings
+from dreamkernels.ops import attention, explain, rms_norm, rotary, rotary_tables, splice_embeddings
 from dreamkernels.ops.operator import FallbackWarning
 from dreamkernels.packing import pack_sequences
 from dreamkernels.version import __version__
@@ -24,5 +24,7 @@ __all__ = [
     "ops",
     "pack_sequences",
     "rms_norm",
+    "rotary",
+    "rotary_tables",
     "splice_embeddings",
 ]

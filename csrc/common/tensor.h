@@ -47,13 +47,10 @@ inline std::string shape_of(const Tensor& x) {
 // The tensor itself when it is row-major, else a row-major copy.
 inline Tensor row_major(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// An uninitialised row-major tensor on the device of `like`. Calls the allocator directly: going through the dispatcher by
-// operator name, as torch::stable::new_empty does, costs more than the kernels of small shapes.
-inline Tensor new_row_major(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
-    strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
-  }
+// An uninitialised tensor on the device of `like`. Calls the allocator directly: going through the dispatcher by operator name,
+// as torch::stable::new_empty does, costs more than the kernels of small shapes.
+inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                          ScalarType dtype) {
   int32_t device_type = 0;
   int32_t device_index = 0;
   int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -63,6 +60,14 @@ inline Tensor new_row_major(const Tensor& like, const std::vector<int64_t>& size
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                          dtype_code, device_type, device_index, &made));
   return Tensor(made);
+}
+
+inline Tensor new_row_major(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
+    strides[d] = strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
+  }
+  return new_strided(like, sizes, strides, dtype);
 }
 
 inline Tensor new_like(const Tensor& x) {

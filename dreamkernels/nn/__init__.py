@@ -1,5 +1,6 @@
 """torch.nn modules over the operators, with the parameter names of the modules that they replace."""
 
 from dreamkernels.nn.rms_norm import RMSNorm
+from dreamkernels.nn.rotary import RotaryEmbedding
 
-__all__ = ["RMSNorm"]
+__all__ = ["RMSNorm", "RotaryEmbedding"]

@@ -3,6 +3,7 @@
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.rms_norm import rms_norm
+from dreamkernels.ops.rotary import rotary, rotary_tables
 from dreamkernels.ops.splice_embeddings import splice_embeddings
 
-__all__ = ["attention", "explain", "rms_norm", "splice_embeddings"]
+__all__ = ["attention", "explain", "rms_norm", "rotary", "rotary_tables", "splice_embeddings"]

@@ -119,6 +119,8 @@ def define(
         LIBRARY.define(qualified.removeprefix(f"{NAMESPACE}::") + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         operator.overloads[overload] = getattr(getattr(torch.ops.dreamkernels, name), overload)
+        if operator.overloads[overload]._schema.is_mutable:
+            _register_mutation(operator.overloads[overload], qualified)
     if triton_installed():
         _register_triton(operator)
     if autograd:
@@ -138,6 +140,18 @@ def _register_triton(operator: Operator) -> None:
             LIBRARY.impl(operator.qualified(overload).removeprefix(f"{NAMESPACE}::"), launch, "CUDA")
     if interpreting():
         LIBRARY.impl(f"{operator.name}.triton", launch, "CPU")
+
+
+def _register_mutation(overload: Any, qualified_name: str) -> None:
+    """Makes calls of a mutating operator count as changes of its arguments, so that autograd notices."""
+    arguments = overload._schema.arguments
+    written = [k for k, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+
+    def count_change(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[k] for k in written])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(qualified_name.removeprefix(f"{NAMESPACE}::"), count_change, "ADInplaceOrView", with_keyset=True)
 
 
 def _register_autograd(operator: Operator, autograd: Autograd) -> None:
