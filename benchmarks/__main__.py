@@ -1,4 +1,4 @@
-"""`python -m benchmarks run [operator ...]`: times operators, prints a table, optionally records it."""
+"""`python -m benchmarks run [name or family ...]`: times operators and models, prints tables, can record them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
@@ -25,10 +26,22 @@ SETTINGS = {
 
 
 def available() -> dict[str, str]:
+    """Benchmark names and their modules: operators, then whole models."""
     return {
-        path.stem.removeprefix("bench_"): f"benchmarks.ops.{path.stem}"
-        for path in sorted((ROOT / "ops").glob("bench_*.py"))
+        path.stem.removeprefix("bench_"): f"benchmarks.{folder}.{path.stem}"
+        for folder in ("ops", "models")
+        for path in sorted((ROOT / folder).glob("bench_*.py"))
     }
+
+
+def chosen(wanted: list[str]) -> dict[str, ModuleType]:
+    """The modules of the wanted names and families, or all. Raises ValueError for a name that is neither."""
+    modules = {name: importlib.import_module(path) for name, path in available().items()}
+    families = sorted({module.FAMILY for module in modules.values()})
+    for name in wanted:
+        if name not in modules and name not in families:
+            raise ValueError(f"{name!r} has no benchmark (families: {', '.join(families)}; one: {', '.join(modules)})")
+    return {name: m for name, m in modules.items() if not wanted or name in wanted or m.FAMILY in wanted}
 
 
 def git_commit() -> str:
@@ -56,23 +69,25 @@ def run(arguments: argparse.Namespace) -> int:
     from benchmarks.harness import measure
     from dreamkernels import information
 
-    modules = available()
-    for name in arguments.operators:
-        if name not in modules:
-            print(f"operator {name!r} has no benchmark ({', '.join(modules)})", file=sys.stderr)
-            return 2
+    try:
+        modules = chosen(arguments.names)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     facts = information.collect()
-    print(f"{facts['devices']['cpu']}, {facts['devices']['cpu_isa']}; torch {torch.__version__}; {arguments.device}")
+    settings = f"{arguments.device}, {arguments.caches} caches, {arguments.threads} threads"
+    print(f"{facts['devices']['cpu']}, {facts['devices']['cpu_isa']}; torch {torch.__version__}; {settings}")
     records, boundaries = [], {}
-    for name in arguments.operators or modules:
-        module = importlib.import_module(modules[name])
+    for name, module in modules.items():
         for case in module.cases(arguments.device):
-            result = measure(case, seconds=arguments.seconds)
+            result = measure(case, seconds=arguments.seconds, caches=arguments.caches)
             print_result(result)
             records.append(result.record())
         boundaries[name] = module.boundary(arguments.device)
+        if not boundaries[name]:
+            continue
         print(f"\n{name}: microseconds per call on a tiny tensor")
         for what, microseconds in boundaries[name].items():
             print(f"  {what:36} {microseconds:6.1f}")
@@ -103,9 +118,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("run", help="time operators against PyTorch on this machine")
-    command.add_argument("operators", nargs="*", help=f"default: all ({', '.join(available())})")
+    command.add_argument("names", nargs="*", help=f"a family or a benchmark; default: all ({', '.join(available())})")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    command.add_argument(
+        "--caches", choices=("cold", "warm"), default="cold", help="state of the caches (see harness.py)"
+    )
     command.add_argument("--seconds", type=float, default=4.0, help="per case")
     command.add_argument("--record", metavar="NAME", help="write benchmarks/results/NAME.json")
     command.set_defaults(run=run)

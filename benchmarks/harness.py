@@ -1,10 +1,11 @@
 """Timing that can be trusted on a shared machine.
 
-- Contenders of a case run interleaved in one process, one call each per round, so that a slow phase of the machine
-hits all of them. - Each call takes the next of several input sets, together larger than the last-level cache: caches
-are cold, as between layers. - Every contender's result is checked against the first one's before anything is timed.
-- A case declares the bytes it must move. Its speed is a share of the copy bandwidth measured in the same rounds with
-as many bytes.
+Contenders of a case run interleaved in one process, taking turns in every round, so that a slow phase of the machine
+hits all of them. With cold caches (the default, as between the layers of a large model) each call takes the next of
+several input sets, together larger than the last-level cache. With warm caches (as between the layers of a small model)
+each turn is a few calls in a row on one input set, of which the first is not counted. Every contender's result is
+checked against the first one's before anything is timed. A case declares the bytes it must move. Its speed is a share
+of the copy bandwidth measured in the same rounds with as many bytes.
 
 Only ratios within one run mean something on a shared CPU. Reported are the minimum and the median.
 """
@@ -47,6 +48,7 @@ class Timing:
 @dataclass
 class Result:
     case: Case
+    caches: str = "cold"
     timings: list[Timing] = field(default_factory=list)
     copy_minimum_us: float = 0.0
 
@@ -61,6 +63,7 @@ class Result:
             "operator": self.case.operator,
             "case": self.case.label,
             "device": self.case.device,
+            "caches": self.caches,
             "bytes_moved": self.case.bytes_moved,
             "flops": self.case.flops,
             "copy_minimum_us": round(self.copy_minimum_us, 2),
@@ -106,21 +109,35 @@ def _time_once(call: Call, inputs: Sequence[Any], device: str) -> float:
     return (_clock(device) - start) * 1e6
 
 
-def _copy_inputs(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _input_sets(case: Case, caches: str) -> list[Sequence[Any]]:
+    first = case.make_inputs()
+    if caches == "warm":
+        return [first]
+    used = sum(t.numel() * t.element_size() for t in _tensors([v for v in first if isinstance(v, torch.Tensor)]))
+    return [first] + [case.make_inputs() for _ in range(max(1, min(16, case.cold_bytes // max(used, 1))))]
+
+
+def _copy_inputs(case: Case, caches: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     half = max(1, case.bytes_moved // 2)
-    sets = max(2, min(16, case.cold_bytes // (2 * half)))
+    sets = 1 if caches == "warm" else max(2, min(16, case.cold_bytes // (2 * half)))
     return [tuple(torch.ones(2, half, dtype=torch.uint8, device=case.device).unbind()) for _ in range(sets)]  # type: ignore[misc]
 
 
-def measure(case: Case, rounds: int = 60, seconds: float = 6.0) -> Result:
+WARM_CALLS = 4  # in a row, of which the first brings the inputs back into the caches and is not counted
+
+
+def _turn(call: Call, inputs: Sequence[Any], case: Case, caches: str) -> list[float]:
+    if caches == "cold":
+        return [_time_once(call, inputs, case.device)]
+    return [_time_once(call, inputs, case.device) for _ in range(WARM_CALLS)][1:]
+
+
+def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "cold") -> Result:
     """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after five."""
+    assert caches in ("cold", "warm")
     check_contenders(case)
-    first = case.make_inputs()
-    used = sum(
-        tensor.numel() * tensor.element_size() for tensor in _tensors([v for v in first if isinstance(v, torch.Tensor)])
-    )
-    input_sets = [first] + [case.make_inputs() for _ in range(max(1, min(16, case.cold_bytes // max(used, 1))))]
-    copies = _copy_inputs(case)
+    input_sets = _input_sets(case, caches)
+    copies = _copy_inputs(case, caches)
     for call in case.contenders.values():
         for inputs in input_sets[:3]:
             call(*inputs)
@@ -131,11 +148,10 @@ def measure(case: Case, rounds: int = 60, seconds: float = 6.0) -> Result:
         if number >= 5 and time.perf_counter() - begin > seconds:
             break
         for position, (name, call) in enumerate(case.contenders.items()):
-            inputs = input_sets[(number + position) % len(input_sets)]
-            samples[name].append(_time_once(call, inputs, case.device))
+            samples[name] += _turn(call, input_sets[(number + position) % len(input_sets)], case, caches)
         target, source = copies[number % len(copies)]
-        copy_samples.append(_time_once(target.copy_, (source,), case.device))
-    result = Result(case, copy_minimum_us=min(copy_samples))
+        copy_samples += _turn(target.copy_, (source,), case, caches)
+    result = Result(case, caches, copy_minimum_us=min(copy_samples))
     result.timings = [Timing(name, min(values), statistics.median(values)) for name, values in samples.items()]
     return result
 

@@ -12,6 +12,7 @@ from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import rms_norm
 from dreamkernels.ops.operator import OPERATORS
 
+FAMILY = "language"
 SHAPES = ((2048, 1024), (512, 4096), (64, 1024))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

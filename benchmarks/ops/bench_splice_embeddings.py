@@ -14,6 +14,8 @@ from dreamkernels.ops.splice_embeddings.reference import splice_embeddings as ga
 
 DOCUMENTS, PICTURES, FEATURES_PER_PICTURE, QUERIES = 16, 40, 64, 64
 
+FAMILY = "language"
+
 
 def layout(width_of_text: int = 100, seed: int = 0) -> tuple[list[list[tuple[int, int, int]]], torch.Tensor]:
     """Pieces (start, length, first source row or -1) of each document, and the same as an index.
