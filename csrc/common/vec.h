@@ -16,7 +16,10 @@
 // Pairs holds 2 * Vec::width bfloat16 as Vec::width pairs: load_pairs(p), store_pairs(p, a), broadcast_pair(p) (one pair in
 // every lane), pairs_of(v, w) (rounds; lane k is the pair v[k], w[k]), first_of(a), second_of(a), and
 //   dot(a, b, c)                c + first(a) * first(b) + second(a) * second(b), lane by lane
-// At the level avx512bf16 dot is one instruction, which takes denormals for zero.
+// At the level avx512bf16 pairs_of and dot are instructions of the processor, which take denormals (below 1.2e-38) for zero.
+//
+// Two holds 2 * Vec::width elements in the order that converts fastest (for bfloat16: a has the even ones, b the odd ones):
+// load_two(p), store_two(p, t), round_two_to<E>(t). What is combined must come from the same element type.
 #pragma once
 #include "common/elements.h"
 
@@ -38,6 +41,37 @@ struct Tail {
 #endif
 
 namespace dreamkernels::DK_ISA {
+
+struct Two {
+  Vec a, b;
+};
+template <class E>
+DK_INLINE Two load_two(const E* p) {
+  return {load(p, Full{}), load(p + Vec::width, Full{})};
+}
+template <>
+DK_INLINE Two load_two(const BFloat16* p) {
+  const Pairs both = load_pairs(p);
+  return {first_of(both), second_of(both)};
+}
+template <class E>
+DK_INLINE void store_two(E* p, const Two& t) {
+  store(p, t.a, Full{});
+  store(p + Vec::width, t.b, Full{});
+}
+template <>
+DK_INLINE void store_two(BFloat16* p, const Two& t) {
+  store_pairs(p, pairs_of(t.a, t.b));
+}
+template <class E>
+DK_INLINE Two round_two_to(const Two& t) {
+  return {round_to<E>(t.a), round_to<E>(t.b)};
+}
+template <>
+DK_INLINE Two round_two_to<BFloat16>(const Two& t) {
+  const Pairs both = pairs_of(t.a, t.b);
+  return {first_of(both), second_of(both)};
+}
 
 // Calls f(i, Full{}) for every full vector of `count` elements and f(i, Tail{n}) for a remainder.
 template <class F>

@@ -101,14 +101,20 @@ DK_INLINE Vec first_of(Pairs a) { return Vec(_mm512_castsi512_ps(_mm512_slli_epi
 DK_INLINE Vec second_of(Pairs a) {
   return Vec(_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
 }
-DK_INLINE Pairs pairs_of(Vec first, Vec second) {
-  return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bf16_bits(first), 16), rounded_bf16_bits(second))};
-}
 #if DK_VEC_LEVEL == 513
+DK_INLINE Pairs pairs_of(Vec first, Vec second) {
+  const __m512i all_first_then_all_second = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i interleave = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+  return {_mm512_permutexvar_epi16(interleave, all_first_then_all_second)};
+}
 DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
   return Vec(_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v)));
 }
 #else
+DK_INLINE Pairs pairs_of(Vec first, Vec second) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_bf16_bits(first), 16), rounded_bf16_bits(second))};
+}
 DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
   return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
 }

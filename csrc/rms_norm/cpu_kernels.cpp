@@ -9,31 +9,34 @@ namespace {
 
 using namespace ::dreamkernels::DK_ISA;
 
-// Four independent sums hide the latency of fma.
-struct SquareSum {
-  Vec part[4];
-  float total() const { return sum((part[0] + part[1]) + (part[2] + part[3])); }
-};
-
 // Row x -> sum of squares. With a residual, writes h = round(x + residual) first and sums the squares of that.
 template <class E, bool kResidual>
 DK_INLINE float squares_of_row(const E* x, const E* residual, E* h, int64_t width) {
-  SquareSum squares;
-  auto step = [&](int64_t i, Vec& part, auto extent) __attribute__((always_inline)) {
-    Vec v = load(x + i, extent);
+  Vec squares[4];  // independent sums hide the latency of fma
+  auto two = [&](int64_t i, Vec& a, Vec& b) __attribute__((always_inline)) {
+    Two v = load_two(x + i);
     if constexpr (kResidual) {
-      v = round_to<E>(v + load(residual + i, extent));
-      store(h + i, v, extent);
+      const Two r = load_two(residual + i);
+      v = round_two_to<E>({v.a + r.a, v.b + r.b});
+      store_two(h + i, v);
     }
-    part = fma(v, v, part);
+    a = fma(v.a, v.a, a);
+    b = fma(v.b, v.b, b);
   };
   int64_t i = 0;
   for (; i + 4 * Vec::width <= width; i += 4 * Vec::width) {
-    for (int k = 0; k < 4; ++k) step(i + k * Vec::width, squares.part[k], Full{});
+    two(i, squares[0], squares[1]);
+    two(i + 2 * Vec::width, squares[2], squares[3]);
   }
-  for (; i + Vec::width <= width; i += Vec::width) step(i, squares.part[0], Full{});
-  if (i < width) step(i, squares.part[0], Tail{static_cast<int>(width - i)});
-  return squares.total();
+  for_each_vector(width - i, [&](int64_t offset, auto extent) __attribute__((always_inline)) {
+    Vec v = load(x + i + offset, extent);
+    if constexpr (kResidual) {
+      v = round_to<E>(v + load(residual + i + offset, extent));
+      store(h + i + offset, v, extent);
+    }
+    squares[0] = fma(v, v, squares[0]);
+  });
+  return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
 template <class E, bool kResidual>
@@ -49,8 +52,15 @@ void forward(const Forward& job, int64_t begin, int64_t end) {
     const Vec rstd(static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(width) + job.eps)));
     const E* normalised = kResidual ? h : x;
     // The row is in the first-level cache now. LLaMA rounds the normalised value before it is scaled.
-    for_each_vector(width, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-      store(y + i, round_to<E>(load(normalised + i, extent) * rstd) * load(weight + i, extent), extent);
+    int64_t i = 0;
+    for (; i + 2 * Vec::width <= width; i += 2 * Vec::width) {
+      const Two v = load_two(normalised + i), w = load_two(weight + i);
+      const Two rounded = round_two_to<E>({v.a * rstd, v.b * rstd});
+      store_two(y + i, {rounded.a * w.a, rounded.b * w.b});
+    }
+    for_each_vector(width - i, [&](int64_t offset, auto extent) __attribute__((always_inline)) {
+      const int64_t at = i + offset;
+      store(y + at, round_to<E>(load(normalised + at, extent) * rstd) * load(weight + at, extent), extent);
     });
   }
 }

@@ -89,7 +89,7 @@ def test_sigmoid_and_tanh(probe):
 def test_standard_normal_keeps_relative_precision_in_both_tails(probe):
     values = finite_floats(400_000, -13.0, 13.0, 5)
     exact = torch.from_numpy(values.astype(np.float64))
-    # The exponent x^2 / 2 is a rounded float: an error of half a unit in it is one of up to x^2 / 2 units in the result.
+    # The exponent x^2 / 2 is a rounded float: half a unit of error there is up to x^2 / 2 units in the result.
     units = 8 + values.astype(np.float64) ** 2 / 2
     cdf = error_in_ulps(mapped(probe.normal_cdf_all, values), (torch.special.erfc(-exact / 2**0.5) / 2).numpy())
     density = error_in_ulps(

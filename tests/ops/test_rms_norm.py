@@ -73,7 +73,15 @@ def test_infinity_and_nan_propagate_as_in_eager(isa, dtype):
 @pytest.mark.parametrize("isa", supported_cpu_isas())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_conversion_rounds_every_value_as_torch_does(isa, dtype):
-    """A residual add of zero is a round trip through float32: all 65,536 bit patterns, and sums that are ties."""
+    """A residual add of zero is a round trip through float32: all 65,536 bit patterns, and sums that are ties.
+
+    Except that the bfloat16 instructions of the processor take denormals for zero.
+    """
+    native = isa == "avx512bf16" and dtype == torch.bfloat16
+
+    def expected(exact):
+        return torch.where(exact.abs() < torch.finfo(dtype).tiny, 0, exact) if native else exact
+
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(64, 1024)
     finite = torch.where(bits.isfinite(), bits, torch.zeros((), dtype=dtype))
     other = finite.flip(0) * torch.tensor(0.5, dtype=dtype)
@@ -81,8 +89,8 @@ def test_conversion_rounds_every_value_as_torch_does(isa, dtype):
     with using_cpu_isa(isa):
         _, same = rms_norm(bits, weight, residual=torch.zeros_like(bits))
         _, added = rms_norm(finite, weight, residual=other)
-    torch.testing.assert_close(same, bits + 0, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(added, finite + other, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(same, expected(bits + 0), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(added, expected(finite + other), rtol=0, atol=0, equal_nan=True)
 
 
 def test_strided_inputs_give_the_result_of_contiguous_ones():

@@ -122,7 +122,7 @@ def rms_norm(
 
     y = weight * round(x / sqrt(mean(x^2) + eps)), with LLaMA's rounding: mean and quotient are computed in float32,
     the normalised value is rounded to the dtype of x and then multiplied. With a residual, h = x + residual (rounded to
-    the dtype) is normalised.
+    the dtype) is normalised. Where the processor has bfloat16 instructions, denormals (below 1.2e-38) count as 0.
     Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 
     Args:
