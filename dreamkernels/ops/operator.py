@@ -54,6 +54,9 @@ class Operator:
     external: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
     explain: Callable[..., Any] | None = None  # where the choice depends on more than the device (ops/explanation.py)
     overloads: dict[str, Any] = field(default_factory=dict)
+    recorders: dict[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # by overload: the call that records a gradient
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -158,10 +161,29 @@ def _register_autograd(operator: Operator, autograd: Autograd) -> None:
     for overload in operator.overloads:
         if overload == "inference":
             continue
-        backward = autograd.backward_operator.overloads["triton" if overload == "triton" else "default"]
-        torch.library.register_autograd(
-            operator.qualified(overload), autograd.backward(backward), setup_context=autograd.setup_context, lib=LIBRARY
+        backward = autograd.backward(
+            autograd.backward_operator.overloads["triton" if overload == "triton" else "default"]
         )
+        torch.library.register_autograd(
+            operator.qualified(overload), backward, setup_context=autograd.setup_context, lib=LIBRARY
+        )
+        kernel = operator.overloads["inference" if overload == "default" else overload]
+        if "Tensor[]" in operator.schema:  # autograd.Function does not look into lists; the registered formula does
+            operator.recorders[overload] = operator.overloads[overload]
+        else:
+            operator.recorders[overload] = _recorder(kernel, backward, autograd.setup_context)
+
+
+def _recorder(kernel: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """What the registered autograd does, without crossing the dispatcher to get there: 7 us instead of 17."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        setup_context(ctx=ctx, inputs=inputs, output=output)
+        return output
+
+    function = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"Recorded_{kernel.name()}", (torch.autograd.Function,), function).apply  # type: ignore[attr-defined]
 
 
 _choices: dict[tuple[str, str, str], str] = {}
@@ -226,13 +248,15 @@ def require_available(operator: Operator, implementation: str, device_type: str)
         )
 
 
-def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Any:
-    """The dispatcher overload that runs a chosen implementation."""
-    if chosen == "cuda":
-        return operator.overloads["cuda"]
-    if chosen == "triton" and interpreting():
-        return operator.overloads["triton"]
-    return operator.overloads["default" if needs_grad else "inference"]
+def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Callable[..., Any]:
+    """What runs a chosen implementation: an overload of the operator, or in eager mode the recorder of its gradient."""
+    if chosen == "cuda" or (chosen == "triton" and interpreting()):
+        overload = chosen
+    else:
+        overload = "default" if needs_grad else "inference"
+    if needs_grad and not torch.compiler.is_compiling():
+        return operator.recorders[overload]
+    return operator.overloads[overload]
 
 
 def support_matrix() -> list[dict[str, Any]]:

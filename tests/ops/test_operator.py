@@ -152,3 +152,24 @@ def test_build_information_has_no_date_and_names_the_abi():
         "cuda_architectures",
         "git_commit",
     }
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["one output", "two outputs"])
+def test_eager_and_registered_autograd_give_the_same_gradients(residual):
+    """Eager calls record their gradient without crossing the dispatcher twice; compiled ones use what is registered."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 32, requires_grad=True), torch.rand(32, requires_grad=True)
+    inputs = (x, torch.randn(5, 32, requires_grad=True), weight) if residual else (x, weight)
+    operator = operators.OPERATORS["add_rms_norm" if residual else "rms_norm"]
+    eager = operators.overload_for(operator, "cpu", needs_grad=True)
+    registered = operator.overloads["default"]
+    assert eager is not registered
+    for frozen in (None, x, weight):  # a frozen input gets no gradient from either
+        wanted = [t for t in inputs if t is not frozen]
+        found = []
+        for call in (eager, registered):
+            outputs = call(*(t.detach() if t is frozen else t for t in inputs), 1e-6)
+            outputs = outputs if residual else (outputs,)
+            found.append(torch.autograd.grad(sum((k + 2) * y.square().sum() for k, y in enumerate(outputs)), wanted))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)

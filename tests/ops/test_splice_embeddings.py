@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dreamkernels import splice_embeddings
+from dreamkernels.ops.debug import debug_checks
 from dreamkernels.ops.operator import OPERATORS
 from dreamkernels.ops.splice_embeddings import reference
 from dreamkernels.testing import (
@@ -149,6 +150,13 @@ def test_an_index_out_of_range_is_named(value, position):
     index[position] = value
     with pytest.raises(RuntimeError, match=rf"index\[{position}\] = {value} is out of range.* 0 to 4 .* 5 source rows"):
         splice_embeddings(torch.zeros(8, 2), [torch.zeros(5, 2)], index)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_debug_checks_name_an_index_out_of_range_whatever_runs(implementation):
+    index = torch.tensor([-1, 4, 5, -2])
+    with debug_checks(), pytest.raises(ValueError, match=r"index\[2\] = 5 is out of range \(0 to 4, or -1\)"):
+        splice_embeddings(torch.zeros(4, 2), [torch.zeros(5, 2)], index, implementation)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dreamkernels.ops.debug import check_range, debug_enabled
 from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
 from dreamkernels.ops.splice_embeddings import reference
 
@@ -96,7 +97,7 @@ def splice_embeddings(
         sources: tensors [N_k, H], dtype and device of token_embeds; N_k may be zero, and there may be no source.
         index: int32 or int64 [T], each -1 or in [0, N_0 + N_1 + ...). On CPU a value out of range raises; on CUDA it
             is not checked, since that would stop the host: the row is undefined (never out of bounds of memory; it
-            keeps the token).
+            keeps the token). Under `dreamkernels.ops.debug.debug_checks()` it raises on every device.
         implementation: "auto" (CPU: C++, CUDA: Triton), or one of "cpu", "triton", "cuda", "reference".
 
     Returns:
@@ -105,11 +106,15 @@ def splice_embeddings(
         positions where it was placed, accumulated in float32 in ascending order, so it is bitwise reproducible.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the implementation cannot run on the device.
+        ValueError: shapes, dtypes or devices do not fit, the implementation cannot run on the device, or (under debug
+            checks) a value of index is out of range.
         RuntimeError: a value of index is out of range (CPU); it is named with its position.
     """
     sources = list(sources)
     _check(token_embeds, sources, index)
+    if debug_enabled():
+        rows = sum(source.shape[0] for source in sources)
+        check_range("splice_embeddings", "index", index, 0, rows, also=-1, meaning=f"there are {rows} source rows")
     chosen = choose(SPLICE_EMBEDDINGS.name, implementation, token_embeds.device.type)
     if chosen == "reference":
         return reference.splice_embeddings(token_embeds, sources, index)
