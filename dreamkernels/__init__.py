@@ -7,7 +7,16 @@
 
 from dreamkernels import libraries, ops
 from dreamkernels.libraries import MissingLibraryWarning, build_information
-from dreamkernels.ops import attention, explain, rms_norm, rotary, rotary_tables, splice_embeddings
+from dreamkernels.ops import (
+    attention,
+    explain,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    splice_embeddings,
+    swiglu,
+    swiglu_packed,
+)
 from dreamkernels.ops.operator import FallbackWarning
 from dreamkernels.packing import pack_sequences
 from dreamkernels.version import __version__
@@ -27,4 +36,6 @@ __all__ = [
     "rotary",
     "rotary_tables",
     "splice_embeddings",
+    "swiglu",
+    "swiglu_packed",
 ]

@@ -2,5 +2,6 @@
 
 from dreamkernels.nn.rms_norm import RMSNorm
 from dreamkernels.nn.rotary import RotaryEmbedding
+from dreamkernels.nn.swiglu import SwiGLU
 
-__all__ = ["RMSNorm", "RotaryEmbedding"]
+__all__ = ["RMSNorm", "RotaryEmbedding", "SwiGLU"]

@@ -5,5 +5,15 @@ from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
 from dreamkernels.ops.splice_embeddings import splice_embeddings
+from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 
-__all__ = ["attention", "explain", "rms_norm", "rotary", "rotary_tables", "splice_embeddings"]
+__all__ = [
+    "attention",
+    "explain",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
+    "splice_embeddings",
+    "swiglu",
+    "swiglu_packed",
+]

@@ -17,7 +17,8 @@ __all__ = ["rotary", "rotary_tables"]
 
 _TRITON = "dreamkernels.ops.rotary.triton"
 _ARGUMENTS = "Tensor cos, Tensor sin, Tensor? position_ids, bool heads_first"
-LAYOUTS = {"thd": 3, "bhtd": 4, "bthd": 4}  # and the number of dimensions
+LAYOUTS = ("thd", "bhtd", "bthd")
+HEADS_DIMENSION = {layout: layout.index("h") for layout in LAYOUTS}
 
 
 def _fake(q, k, cos, sin, position_ids, heads_first):
@@ -65,56 +66,64 @@ def _check_states(q: torch.Tensor, k: torch.Tensor, layout: str) -> None:
         raise ValueError(f"q has dtype {q.dtype}, which rotary does not support (float32, bfloat16, float16); cast it")
     if k.dtype != q.dtype or k.device != q.device:
         raise ValueError(f"k is {k.dtype} on {k.device} but q is {q.dtype} on {q.device}; cast or move one of them")
-    if q.dim() != LAYOUTS[layout] or k.dim() != q.dim():
+    q_shape, k_shape, heads = q.shape, k.shape, HEADS_DIMENSION[layout]
+    if len(q_shape) != len(layout) or len(k_shape) != len(layout):
         raise ValueError(
-            f"q {list(q.shape)} and k {list(k.shape)} must have the {LAYOUTS[layout]} dimensions of the layout "
+            f"q {list(q_shape)} and k {list(k_shape)} must have the {len(layout)} dimensions of the layout "
             f'"{layout}"; choose another of {", ".join(LAYOUTS)}'
         )
-    heads = 1 if layout == "bhtd" else -2
-    if any(q.shape[d] != k.shape[d] for d in range(q.dim()) if d != heads % q.dim()):
+    if q_shape[:heads] != k_shape[:heads] or q_shape[heads + 1 :] != k_shape[heads + 1 :]:
         raise ValueError(
-            f'q {list(q.shape)} and k {list(k.shape)} may differ in their number of heads only (layout "{layout}")'
+            f'q {list(q_shape)} and k {list(k_shape)} may differ in their number of heads only (layout "{layout}")'
         )
 
 
 def _check_tables(
     q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor | None, layout: str
 ) -> None:
-    batch = q.shape[0] if layout != "thd" else 1
-    tokens = q.shape[{"thd": 0, "bhtd": 2, "bthd": 1}[layout]]
-    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+    shape, dtype, device = cos.shape, cos.dtype, q.device
+    if sin.shape != shape or sin.dtype != dtype:
         raise ValueError(
-            f"cos {list(cos.shape)} {cos.dtype} and sin {list(sin.shape)} {sin.dtype} must have one shape and dtype"
+            f"cos {list(shape)} {dtype} and sin {list(sin.shape)} {sin.dtype} must have one shape and dtype"
         )
-    if cos.dtype not in (q.dtype, torch.float32):
-        raise ValueError(f"cos and sin have dtype {cos.dtype}; with q {q.dtype} they must be {q.dtype} or float32")
-    if cos.device != q.device or sin.device != q.device:
-        raise ValueError(f"cos is on {cos.device} and sin on {sin.device} but q is on {q.device}; move them")
-    width = cos.shape[-1] if cos.dim() else 0
-    if width < 2 or width % 2 or width > q.shape[-1]:
+    if dtype != torch.float32 and dtype != q.dtype:
+        raise ValueError(f"cos and sin have dtype {dtype}; with q {q.dtype} they must be {q.dtype} or float32")
+    if cos.device != device or sin.device != device:
+        raise ValueError(f"cos is on {cos.device} and sin on {sin.device} but q is on {device}; move them")
+    q_shape = q.shape
+    rotated = shape[-1] if shape else 0
+    if rotated < 2 or rotated % 2 or rotated > q_shape[-1]:
         raise ValueError(
-            f"cos and sin have {width} columns; they need an even number from 2 to the width of a head, {q.shape[-1]}"
+            f"cos and sin have {rotated} columns; they need an even number from 2 to the width of a head, {q_shape[-1]}"
         )
+    batch = 1 if layout == "thd" else q_shape[0]
+    tokens = q_shape[layout.index("t")]
     if position_ids is None:
-        if tuple(cos.shape[:-1]) not in ((tokens,), (batch, tokens), (1, tokens)):
+        if not _one_per_token(shape[:-1], batch, tokens):
             raise ValueError(
-                f"cos {list(cos.shape)} must be [{tokens}, R] or [{batch} or 1, {tokens}, R] for q {list(q.shape)}; or "
+                f"cos {list(shape)} must be [{tokens}, R] or [{batch} or 1, {tokens}, R] for q {list(q_shape)}; or "
                 "give position_ids, which choose rows of a [positions, R] table"
             )
         return
-    if cos.dim() != 2:
-        raise ValueError(f"cos {list(cos.shape)} must be [positions, R] when position_ids choose its rows")
+    if len(shape) != 2:
+        raise ValueError(f"cos {list(shape)} must be [positions, R] when position_ids choose its rows")
     if position_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"position_ids has dtype {position_ids.dtype} (int32 or int64); cast it")
-    if tuple(position_ids.shape) not in ((tokens,), (batch, tokens), (1, tokens)):
+    if not _one_per_token(position_ids.shape, batch, tokens):
         raise ValueError(
             f"position_ids {list(position_ids.shape)} must be [{tokens}] or [{batch} or 1, {tokens}] for q "
-            f"{list(q.shape)}"
+            f"{list(q_shape)}"
         )
-    if position_ids.device != q.device:
-        raise ValueError(f"position_ids is on {position_ids.device} but q is on {q.device}; move one of them")
+    if position_ids.device != device:
+        raise ValueError(f"position_ids is on {position_ids.device} but q is on {device}; move one of them")
     if debug_enabled():
-        check_range("rotary", "position_ids", position_ids, 0, cos.shape[0], meaning="the rows of cos and sin")
+        check_range("rotary", "position_ids", position_ids, 0, shape[0], meaning="the rows of cos and sin")
+
+
+def _one_per_token(shape: torch.Size, batch: int, tokens: int) -> bool:
+    if len(shape) == 1:
+        return shape[0] == tokens
+    return len(shape) == 2 and shape[1] == tokens and (shape[0] == batch or shape[0] == 1)
 
 
 def rotary(
