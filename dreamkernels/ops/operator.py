@@ -253,7 +253,7 @@ def overload_for(operator: Operator, chosen: str, needs_grad: bool) -> Callable[
     if chosen == "cuda" or (chosen == "triton" and interpreting()):
         overload = chosen
     else:
-        overload = "default" if needs_grad else "inference"
+        overload = "default" if needs_grad or "inference" not in operator.overloads else "inference"
     if needs_grad and not torch.compiler.is_compiling():
         return operator.recorders[overload]
     return operator.overloads[overload]

@@ -217,5 +217,4 @@ def _rotate_in_place(
         q.copy_(rotated_q)
         k.copy_(rotated_k)
         return
-    # A mutating operator has no autograd of its own, so the default overload is also the light one.
-    overload_for(IN_PLACE, chosen, needs_grad=True)(q, k, cos, sin, position_ids, heads_first)
+    overload_for(IN_PLACE, chosen, needs_grad=False)(q, k, cos, sin, position_ids, heads_first)
