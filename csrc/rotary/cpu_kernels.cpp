@@ -1,6 +1,7 @@
 #include "rotary/kernels.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "common/vec.h"
 
@@ -12,6 +13,8 @@ using namespace ::dreamkernels::DK_ISA;
 // Heads that share one reading of a table row. More would be more streams than the prefetchers follow.
 constexpr int64_t heads_per_group = 8;
 
+DK_INLINE Two minus(const Two& t) { return {Vec(0.0f) - t.a, Vec(0.0f) - t.b}; }
+
 int64_t table_row(const Rotate& job, int64_t batch, int64_t token) {
   const int64_t at = batch * job.position_batch + token * job.position_token;
   return job.wide_positions ? static_cast<const int64_t*>(job.positions)[at] : static_cast<const int32_t*>(job.positions)[at];
@@ -22,13 +25,29 @@ template <class E, class Table>
 DK_INLINE void rotate_heads(const Rotate& job, const Table* cos, const Table* sin, const E* x, int64_t x_head, E* y,
                             int64_t y_head, int64_t heads) {
   const int64_t half = job.rotated / 2;
-  for_each_vector(half, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-    const Vec c1 = load(cos + i, extent), c2 = load(cos + half + i, extent);
-    const Vec s1 = load(sin + i, extent) * Vec(-1.0f), s2 = load(sin + half + i, extent);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<E, Table>) {  // elements of one type come in one order (Two), whatever it is
+    for (; i + 2 * Vec::width <= half; i += 2 * Vec::width) {
+      const Two c1 = load_two(cos + i), c2 = load_two(cos + half + i);
+      const Two s1 = minus(load_two(sin + i)), s2 = load_two(sin + half + i);
+      const Two to_first = job.transposed ? s2 : s1, to_second = job.transposed ? s1 : s2;
+      for (int64_t h = 0; h < heads; ++h) {
+        const E* from = x + h * x_head + i;
+        E* to = y + h * y_head + i;
+        const Two first = load_two(from), second = load_two(from + half);
+        store_two(to, {fma(second.a, to_first.a, first.a * c1.a), fma(second.b, to_first.b, first.b * c1.b)});
+        store_two(to + half, {fma(first.a, to_second.a, second.a * c2.a), fma(first.b, to_second.b, second.b * c2.b)});
+      }
+    }
+  }
+  for_each_vector(half - i, [&](int64_t offset, auto extent) __attribute__((always_inline)) {
+    const int64_t at = i + offset;
+    const Vec c1 = load(cos + at, extent), c2 = load(cos + half + at, extent);
+    const Vec s1 = Vec(0.0f) - load(sin + at, extent), s2 = load(sin + half + at, extent);
     const Vec to_first = job.transposed ? s2 : s1, to_second = job.transposed ? s1 : s2;
     for (int64_t h = 0; h < heads; ++h) {
-      const E* from = x + h * x_head + i;
-      E* to = y + h * y_head + i;
+      const E* from = x + h * x_head + at;
+      E* to = y + h * y_head + at;
       const Vec first = load(from, extent), second = load(from + half, extent);
       store(to, fma(second, to_first, first * c1), extent);
       store(to + half, fma(first, to_second, second * c2), extent);
