@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dreamkernels.integrations.report import patched_by_us
 from dreamkernels.nn import RMSNorm
+from dreamkernels.ops import rotary, swiglu
 
 norm_forward = RMSNorm.forward
 
@@ -39,6 +41,54 @@ def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, 
         return norm_forward(norm, x, residual)  # type: ignore[arg-type, return-value]
     residual = residual + x
     return norm(residual), residual
+
+
+def mlp_forward(self: Any, x: Tensor) -> Tensor:
+    x = x.to(autocast_dtype(x))  # once, not once per projection
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def attention_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    arguments: Callable[[Any], dict[str, Any]],
+    eager: Callable[..., tuple[Tensor, Tensor | None]],
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotates queries and keys in one operator. The attention itself stays what the configuration names.
+
+    `arguments(self)` go to the attention as well (a family's sliding window); `eager` is the family's own attention.
+    """
+    x = hidden_states.to(autocast_dtype(hidden_states))  # once, not once per projection
+    shape = x.shape[:-1]
+    query, key, value = (p(x).view(*shape, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    value = value.transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+    output, weights = attend(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        **arguments(self),
+        **kwargs,
+    )
+    return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    if cos.dtype != query.dtype:
+        cos, sin = cos.float(), sin.float()
+    return rotary(query, key, cos, sin)
 
 
 def decoder_layer_forward(

@@ -16,7 +16,8 @@ _MARK = "_dreamkernels_operator"
 
 def patched_by_us(module: nn.Module) -> bool:
     """Whether this instance runs a forward that dreamkernels put there."""
-    return hasattr(module.__dict__.get("forward"), _MARK)
+    # The function of the bound method: a wrapper around it may have copied its attributes.
+    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), _MARK)
 
 
 @dataclass

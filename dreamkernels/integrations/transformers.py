@@ -11,15 +11,16 @@ Instances are changed, never classes: another model in the same process keeps it
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ImportError as error:
     raise ImportError(
         "dreamkernels.integrations.transformers needs transformers 5: pip install 'dreamkernels[dreamllm]'"
@@ -31,8 +32,24 @@ from dreamkernels.ops.operator import FLOAT_DTYPES
 
 __all__ = ["Report", "optimize"]
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}
-"""model_type -> the prefix of its classes in transformers.models.<model_type>.modeling_<model_type>."""
+
+@dataclass(frozen=True)
+class Family:
+    """`prefix`: of its classes in transformers.models.<model_type>.modeling_<model_type>.
+
+    `attention_arguments`: what its attention modules hand to the attention beyond LLaMA's arguments.
+    """
+
+    prefix: str
+    attention_arguments: Callable[[Any], dict[str, Any]] = lambda module: {}
+
+
+FAMILIES = {
+    "llama": Family("Llama"),
+    "qwen2": Family("Qwen2", lambda module: {"sliding_window": module.sliding_window}),
+    "mistral": Family("Mistral", lambda module: {"sliding_window": getattr(module.config, "sliding_window", None)}),
+}
+"""By model_type."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +76,38 @@ KINDS = {
             "kwargs",
         ),
     ),
+    "Attention": Kind(
+        "rotary",
+        "rotary",
+        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
+    ),
+    "MLP": Kind("swiglu", "swiglu", ("x",)),
 }
 
 
-def optimize(model: nn.Module, *, rms_norm: bool = True) -> Report:
+def optimize(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    rotary: bool = True,
+    swiglu: bool = True,
+    attention: str | None = None,
+) -> Report:
     """Makes LLaMA, Qwen2 and Mistral decoders use the operators, wherever they are in a model.
 
     Args:
         model: any module that contains such a decoder: a `...ForCausalLM`, a `...Model`, or a larger model.
         rms_norm: RMSNorm modules run `dreamkernels.rms_norm`; in decoder layers it also does the residual add.
+        rotary: attention modules rotate queries and keys by `dreamkernels.rotary`, with any type of RoPE.
+        swiglu: MLPs with SiLU run `dreamkernels.swiglu`.
+        attention: a name registered with transformers' `AttentionInterface`, set by `set_attn_implementation`; None
+            keeps the model's.
 
     Returns:
         A report of what was replaced and what was left and why, with `undo()`. It is a context manager.
 
     Raises:
-        ValueError: the model, or a part of it, is optimised already.
+        ValueError: the model, or a part of it, is optimised already, or transformers does not know `attention`.
     """
     already = [name for name, module in model.named_modules() if patched_by_us(module)]
     if already:
@@ -81,8 +115,14 @@ def optimize(model: nn.Module, *, rms_norm: bool = True) -> Report:
             f"{already[0] or 'the model'} and {len(already) - 1} more modules are optimised already; "
             "call undo() of the report that did it, or keep it"
         )
-    options = {"rms_norm": rms_norm}
+    options = {
+        "rms_norm": rms_norm,
+        "rotary": rotary,
+        "swiglu": swiglu,
+    }
     report = Report()
+    if attention is not None:
+        _set_attention(model, attention, report)
     for name, module in model.named_modules():
         found = recognise(module)
         if found is None:
@@ -91,9 +131,9 @@ def optimize(model: nn.Module, *, rms_norm: bool = True) -> Report:
         if reason := obstacle(module, kind, cls, options):
             report.left[name] = reason
         else:
-            report.patch(name, module, FORWARDS[kind](module), KINDS[kind].operator)
+            report.patch(name, module, forward_for(module, kind, cls), KINDS[kind].operator)
     if not report.replaced and not report.left:
-        known = ", ".join(f"{prefix}Model" for prefix in FAMILIES.values())
+        known = ", ".join(f"{family.prefix}Model" for family in FAMILIES.values())
         report.left[""] = f"{type(model).__name__} contains no {known}"
     return report
 
@@ -101,10 +141,10 @@ def optimize(model: nn.Module, *, rms_norm: bool = True) -> Report:
 def recognise(module: nn.Module) -> tuple[str, type] | None:
     """The kind of a module and the transformers class that makes it one; a class derived from it counts."""
     for cls in type(module).__mro__:
-        for model_type, prefix in FAMILIES.items():
-            kind = cls.__name__.removeprefix(prefix)
+        for model_type, family in FAMILIES.items():
+            kind = cls.__name__.removeprefix(family.prefix)
             if kind in KINDS and cls.__module__ == f"transformers.models.{model_type}.modeling_{model_type}":
-                return (kind, cls) if cls.__name__ == prefix + kind else None
+                return kind, cls
     return None
 
 
@@ -123,14 +163,52 @@ def obstacle(module: nn.Module, kind: str, cls: type, options: dict[str, bool]) 
     return OBSTACLES[kind](module) if kind in OBSTACLES else ""
 
 
-def _norm_obstacle(module: Any) -> str:
-    dtype: torch.dtype = module.weight.dtype
-    return "" if dtype in FLOAT_DTYPES else f"its weight is {dtype}; rms_norm takes float32, bfloat16 and float16"
+def _dtype_obstacle(module: Any) -> str:
+    """Packed integers of quantised layers are fine: they multiply in one of the dtypes that the operators take."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in FLOAT_DTYPES:
+            return f"{name} is {parameter.dtype}; the operator takes float32, bfloat16 and float16"
+    return ""
 
 
-OBSTACLES: dict[str, Callable[[Any], str]] = {"RMSNorm": _norm_obstacle}
+def _mlp_obstacle(module: Any) -> str:
+    activation = module.config.hidden_act
+    return _dtype_obstacle(module) if activation in ("silu", "swish") else f"its activation is {activation}, not silu"
 
-FORWARDS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
-    "RMSNorm": lambda module: llama_layout.norm_forward,
-    "DecoderLayer": lambda module: llama_layout.checkpointed(llama_layout.decoder_layer_forward),
+
+OBSTACLES: dict[str, Callable[[Any], str]] = {
+    "RMSNorm": _dtype_obstacle,
+    "Attention": _dtype_obstacle,
+    "MLP": _mlp_obstacle,
 }
+
+
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "RMSNorm": llama_layout.norm_forward,
+    "DecoderLayer": llama_layout.checkpointed(llama_layout.decoder_layer_forward),
+    "MLP": llama_layout.mlp_forward,
+}
+
+
+def forward_for(module: Any, kind: str, cls: type) -> Callable[..., Any]:
+    """The function that takes the place of the forward of a module of this kind."""
+    if kind == "Attention":
+        modeling = sys.modules[cls.__module__]
+        family = FAMILIES[cls.__module__.split(".")[2]]
+        return partial(
+            llama_layout.attention_forward,
+            arguments=family.attention_arguments,
+            eager=modeling.eager_attention_forward,  # type: ignore[attr-defined]
+        )
+    return FORWARDS[kind]
+
+
+def _set_attention(model: Any, name: str, report: Report) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"attention={name!r} needs a transformers model, not {type(model).__name__}; optimise its parts"
+        )
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    report.on_undo(lambda: model.set_attn_implementation(before))
+    report.replaced["attention"] = f"{name} instead of {before}"

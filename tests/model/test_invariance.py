@@ -186,3 +186,17 @@ def test_fused_operators_change_nothing_beyond_rounding(tiny):
     assert not all(torch.equal(a, b) for a, b in zip(fused, stock, strict=True))  # other code did run
     for ours, theirs in zip(fused, stock, strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_fused_operators_give_the_same_loss_and_gradients(tiny):
+    model, processor = tiny
+    batch = processor.pack(documents(processor)[1:2])
+    parameters = [p for p in model.language_model.parameters() if p.requires_grad]
+    results = []
+    for fused in (True, False):
+        model.use_fused_operators(fused)
+        loss = model.forward_packed(batch).lm_loss
+        results.append([loss, *torch.autograd.grad(loss, parameters)])
+    model.use_fused_operators()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
