@@ -36,6 +36,7 @@ class Case:
     relative_tolerance: float
     device: str = "cpu"
     cold_bytes: int = 96 * 2**20  # input sets together
+    memory: bool = False  # also measure the memory of every contender
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Result:
     caches: str = "cold"
     timings: list[Timing] = field(default_factory=list)
     copy_minimum_us: float = 0.0
+    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # by contender, where the case asks for it
 
     def minimum(self, contender: str) -> float:
         return next(timing.minimum_us for timing in self.timings if timing.contender == contender)
@@ -72,6 +74,7 @@ class Result:
                     "minimum_us": round(timing.minimum_us, 2),
                     "median_us": round(timing.median_us, 2),
                     "share_of_copy_bandwidth": round(self.share_of_copy_bandwidth(timing.contender), 3),
+                    **({"peak_extra_bytes": self.peak_extra_bytes[timing.contender]} if self.peak_extra_bytes else {}),
                 }
                 for timing in self.timings
             },
@@ -152,8 +155,36 @@ def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "c
         target, source = copies[number % len(copies)]
         copy_samples += _turn(target.copy_, (source,), case, caches)
     result = Result(case, caches, copy_minimum_us=min(copy_samples))
+    if case.memory:
+        result.peak_extra_bytes = {
+            name: peak_extra_bytes(call, input_sets[0], case.device) for name, call in case.contenders.items()
+        }
     result.timings = [Timing(name, min(values), statistics.median(values)) for name, values in samples.items()]
     return result
+
+
+def peak_extra_bytes(call: Call, inputs: Sequence[Any], device: str) -> int:
+    """The most memory that a call holds at one time beyond its inputs and its results (loss and gradients).
+
+    On the CPU from the allocator's events in torch.profiler, so what libraries allocate for themselves is not seen; on
+    CUDA from the caching allocator. Call once before: a first call compiles.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = call(*inputs)
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            results = call(*inputs)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+    return most - sum(tensor.numel() * tensor.element_size() for tensor in _tensors(results))
 
 
 def cost_per_call_us(call: Call, inputs: Sequence[Any], calls: int = 4000) -> float:
