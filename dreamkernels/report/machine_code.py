@@ -16,7 +16,7 @@ _RESOURCE = re.compile(r"Function (\S+):\s*\n\s*(.*)")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 _INFORMATION_SECTION = re.compile(r"\.nv\.info\.(\S+)")
-_GLOBAL_ACCESS = re.compile(r"^(LDG|STG)\.")
+_GLOBAL_ACCESS = re.compile(r"^(LDG|LDGSTS|STG)\.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _run(tool: str, *arguments: str, cwd: Path | None = None) -> str:
 
 
 def _access(opcode: str) -> str | None:
-    """LDG.E.128.CONSTANT -> "load 16 B"."""
+    """LDG.E.128.CONSTANT -> "load 16 B"; so is LDGSTS, which loads into shared memory without waiting."""
     if not _GLOBAL_ACCESS.match(opcode):
         return None
     kind = "load" if opcode.startswith("LDG") else "store"
