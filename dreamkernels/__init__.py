@@ -10,6 +10,7 @@ from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
     attention,
     explain,
+    linear_cross_entropy,
     rms_norm,
     rotary,
     rotary_tables,
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "build_information",
     "explain",
+    "linear_cross_entropy",
     "ops",
     "pack_sequences",
     "rms_norm",

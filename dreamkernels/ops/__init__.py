@@ -2,6 +2,7 @@
 
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.explanation import explain
+from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
 from dreamkernels.ops.splice_embeddings import splice_embeddings
@@ -10,6 +11,7 @@ from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 __all__ = [
     "attention",
     "explain",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "rotary_tables",
