@@ -8,6 +8,7 @@
 from dreamkernels import libraries, ops
 from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
+    append_kv,
     attention,
     explain,
     linear_cross_entropy,
@@ -28,6 +29,7 @@ __all__ = [
     "FallbackWarning",
     "MissingLibraryWarning",
     "__version__",
+    "append_kv",
     "attention",
     "build_information",
     "explain",

@@ -1,5 +1,6 @@
 """The operators. One subpackage per family: public function, schema, reference, Triton; C++ is under csrc/."""
 
+from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -9,6 +10,7 @@ from dreamkernels.ops.splice_embeddings import splice_embeddings
 from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
+    "append_kv",
     "attention",
     "explain",
     "linear_cross_entropy",

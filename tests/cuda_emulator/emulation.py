@@ -72,7 +72,7 @@ class EmulatedLibrary:
         self._library = ctypes.CDLL(str(target))
 
     def __call__(self, name: str, *arguments: Any, seed: int = 0) -> Counters:
-        """Calls a function: tensors are passed as pointers, floats as double, integers as int64. Raises MisuseError."""
+        """Calls a function; tensors and structures become pointers, numbers double or int64. Raises MisuseError."""
         function = getattr(self._library, name)
         function.restype = ctypes.c_char_p
         before, after = Counters(), Counters()
@@ -88,6 +88,8 @@ class EmulatedLibrary:
 def _as_c(value: Any) -> Any:
     if value is None:
         return ctypes.c_void_p(None)
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):
