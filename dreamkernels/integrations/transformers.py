@@ -27,6 +27,7 @@ except ImportError as error:
     ) from error
 
 from dreamkernels.integrations import llama_layout
+from dreamkernels.integrations.causal_lm import causal_lm_forward, fused_loss_obstacle
 from dreamkernels.integrations.report import Report, patched_by_us
 from dreamkernels.ops.operator import FLOAT_DTYPES
 
@@ -82,6 +83,21 @@ KINDS = {
         ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
     ),
     "MLP": Kind("swiglu", "swiglu", ("x",)),
+    "ForCausalLM": Kind(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "inputs_embeds",
+            "labels",
+            "use_cache",
+            "logits_to_keep",
+            "kwargs",
+        ),
+    ),
 }
 
 
@@ -91,6 +107,7 @@ def optimize(
     rms_norm: bool = True,
     rotary: bool = True,
     swiglu: bool = True,
+    linear_cross_entropy: bool = True,
     attention: str | None = None,
 ) -> Report:
     """Makes LLaMA, Qwen2 and Mistral decoders use the operators, wherever they are in a model.
@@ -100,6 +117,11 @@ def optimize(
         rms_norm: RMSNorm modules run `dreamkernels.rms_norm`; in decoder layers it also does the residual add.
         rotary: attention modules rotate queries and keys by `dreamkernels.rotary`, with any type of RoPE.
         swiglu: MLPs with SiLU run `dreamkernels.swiglu`.
+        linear_cross_entropy: a ...ForCausalLM that is given `labels` in training mode takes its loss from
+            `dreamkernels.linear_cross_entropy`. It then computes no logits: `output.logits` is None. In eval mode, and
+            with `skip_logits=False` in the call, it computes them and the loss as before; `skip_logits=True` leaves
+            them out in eval mode too. Where every label is ignored the loss is 0, not NaN. Worth most with large
+            vocabularies.
         attention: a name registered with transformers' `AttentionInterface`, set by `set_attn_implementation`; None
             keeps the model's.
 
@@ -119,6 +141,7 @@ def optimize(
         "rms_norm": rms_norm,
         "rotary": rotary,
         "swiglu": swiglu,
+        "linear_cross_entropy": linear_cross_entropy,
     }
     report = Report()
     if attention is not None:
@@ -180,6 +203,7 @@ OBSTACLES: dict[str, Callable[[Any], str]] = {
     "RMSNorm": _dtype_obstacle,
     "Attention": _dtype_obstacle,
     "MLP": _mlp_obstacle,
+    "ForCausalLM": fused_loss_obstacle,
 }
 
 
@@ -187,6 +211,7 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "RMSNorm": llama_layout.norm_forward,
     "DecoderLayer": llama_layout.checkpointed(llama_layout.decoder_layer_forward),
     "MLP": llama_layout.mlp_forward,
+    "ForCausalLM": causal_lm_forward,
 }
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import ModelOutput
 
 from dreamkernels.integrations.transformers import Report, optimize
-from dreamkernels.ops import splice_embeddings
+from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout
@@ -276,7 +276,10 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
     def _lm_loss(self, states_KH: Tensor, targets_K: Tensor) -> Tensor:
         if targets_K.numel() == 0:
             return states_KH.float().sum()
-        return F.cross_entropy(self.get_output_embeddings()(states_KH).float(), targets_K)
+        head = self.get_output_embeddings()
+        if self.operators is not None and type(head) is nn.Linear and head.bias is None:
+            return linear_cross_entropy(states_KH, head.weight, targets_K)
+        return F.cross_entropy(head(states_KH).float(), targets_K)
 
     def _latents(
         self, pixels: Tensor | None, latents: Tensor | None, slots: int, generator: torch.Generator | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dreamkernels import FallbackWarning
 from dreamkernels.integrations.transformers import optimize
 from dreamkernels.testing import assert_within_eager_error
 
@@ -188,7 +190,7 @@ def test_report_names_what_was_replaced():
     layer = {"": "residual add in rms_norm", ".self_attn": "rotary", ".mlp": "swiglu"}
     layer |= {".input_layernorm": "rms_norm", ".post_attention_layernorm": "rms_norm"}
     layers = {f"model.layers.{k}{part}": operator for k in range(2) for part, operator in layer.items()}
-    assert report.replaced == {"model.norm": "rms_norm", **layers}
+    assert report.replaced == {"": "linear_cross_entropy", "model.norm": "rms_norm", **layers}
     assert report.left == {}
     lines = str(report).splitlines()
     assert lines[0] == f"replaced: {len(report.replaced)}"
@@ -201,6 +203,7 @@ def test_report_says_why_modules_were_left():
             return hidden_states
 
     model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
+    model.lm_head = torch.nn.Linear(48, 96)
     model.model.norm.double()
     model.model.layers[1].self_attn.k_proj.double()
     model.model.layers[0].input_layernorm.forward = lambda hidden_states: hidden_states
@@ -211,6 +214,7 @@ def test_report_says_why_modules_were_left():
     assert "replaced on the instance already" in left["model.layers.0.input_layernorm"]
     assert "OtherNorm overrides the forward of LlamaRMSNorm" in left["model.layers.1.input_layernorm"]
     assert "its activation is gelu" in left["model.layers.0.mlp"]
+    assert "lm_head is a Linear with a bias" in left[""]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,7 @@ def test_report_says_why_modules_were_left():
         ("rms_norm", "model.norm"),
         ("rotary", "model.layers.0.self_attn"),
         ("swiglu", "model.layers.0.mlp"),
+        ("linear_cross_entropy", ""),
     ],
 )
 def test_a_switched_off_operator_is_reported(option, module):
@@ -229,6 +234,7 @@ def test_a_switched_off_operator_is_reported(option, module):
         "rms_norm",
         "rotary",
         "swiglu",
+        "linear_cross_entropy",
     } - {option}
 
 
@@ -245,6 +251,74 @@ def test_the_attention_can_be_chosen_by_name_and_is_restored():
     assert "forward" not in model.model.norm.__dict__  # nothing half done
     with pytest.raises(ValueError, match="needs a transformers model, not ModuleDict"):
         optimize(torch.nn.ModuleDict({"text": model}), attention="eager")
+
+
+class TestLogits:
+    def test_training_with_labels_skips_them_unless_asked(self):
+        model, inputs = make("llama").train(), batch()
+        stock = model(**inputs)
+        optimize(model)
+        assert model(**inputs).logits is None
+        assert len(model(**inputs, use_cache=False, return_dict=False)) == 1
+        kept = model(**inputs, skip_logits=False)
+        torch.testing.assert_close(kept.logits, stock.logits)
+        torch.testing.assert_close(kept.loss, stock.loss)
+        del inputs["labels"]
+        torch.testing.assert_close(model(**inputs).logits, stock.logits)
+
+    def test_evaluation_makes_them_unless_told(self):
+        model, inputs = make("llama").eval(), batch()
+        stock = model(**inputs)
+        optimize(model)
+        torch.testing.assert_close(model(**inputs).logits, stock.logits)
+        skipped = model(**inputs, skip_logits=True)
+        assert skipped.logits is None
+        torch.testing.assert_close(skipped.loss, stock.loss)
+        with pytest.raises(ValueError, match="skip_logits=True needs labels"):
+            model(inputs["input_ids"], skip_logits=True)
+
+    def test_the_trainers_arguments_of_the_loss(self):
+        model, inputs = make("llama").train(), batch()
+        shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+        variants = [{"num_items_in_batch": torch.tensor(50)}, {"num_items_in_batch": 7}, {"shift_labels": shifted}]
+        stock = [model(**inputs, **extra).loss for extra in variants]
+        optimize(model)
+        for extra, expected in zip(variants, stock, strict=True):
+            torch.testing.assert_close(model(**inputs, **extra).loss, expected)
+
+    def test_a_batch_without_labels_adds_nothing(self):
+        model, inputs = make("llama").train(), batch()
+        optimize(model)
+        inputs["labels"].fill_(-100)
+        loss, *gradients = loss_and_gradients(model, inputs)
+        assert loss == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+    def test_inspection_sees_the_models_own_arguments(self):
+        model = make("llama")
+        before = inspect.signature(model.forward)
+        optimize(model)
+        assert inspect.signature(model.forward) == before
+
+    @pytest.mark.parametrize("change", ["adapter", "hook", "loss"])
+    def test_a_head_changed_since_gets_its_logits_with_a_warning(self, change):
+        model, inputs = make("llama").train(), batch()
+        optimize(model)
+        expected = model(**inputs).loss
+        if change == "adapter":
+            model.lm_head = torch.nn.Sequential(model.lm_head)
+            message = "lm_head is a Sequential"
+        elif change == "hook":
+            model.lm_head.register_forward_hook(lambda module, arguments, output: output)
+            message = "lm_head has hooks"
+        else:
+            original = model.loss_function
+            model.loss_function = lambda **arguments: original(**arguments)
+            message = "not ForCausalLMLoss"
+        with pytest.warns(FallbackWarning, match=message):
+            output = model(**inputs)
+        assert output.logits is not None
+        torch.testing.assert_close(output.loss, expected)
 
 
 def test_an_unknown_model_is_left_alone():
