@@ -25,11 +25,23 @@ void tanh_all(const float* from, float* to, int64_t count) {
 void sigmoid_all(const float* from, float* to, int64_t count) {
   map(from, to, count, [](Vec v) { return sigmoid(v); });
 }
+void sigmoid_for_floats_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return sigmoid_for<float>(v); });
+}
+void sigmoid_for_halves_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return sigmoid_for<Half>(v); });
+}
 void normal_cdf_all(const float* from, float* to, int64_t count) {
-  map(from, to, count, [](Vec v) { return standard_normal(v).cdf; });
+  map(from, to, count, [](Vec v) { return standard_normal<float>(v).cdf; });
 }
 void normal_density_all(const float* from, float* to, int64_t count) {
-  map(from, to, count, [](Vec v) { return standard_normal(v).density; });
+  map(from, to, count, [](Vec v) { return standard_normal<float>(v).density; });
+}
+void coarse_normal_cdf_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return standard_normal<Half>(v).cdf; });
+}
+void coarse_normal_density_all(const float* from, float* to, int64_t count) {
+  map(from, to, count, [](Vec v) { return standard_normal<Half>(v).density; });
 }
 float maximum_of(const float* from) { return maximum(load(from, Full{})); }
 void larger_and_smaller(const float* a, const float* b, float* larger, float* smaller, float* where_less) {
