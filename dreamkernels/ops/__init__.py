@@ -3,6 +3,7 @@
 from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.explanation import explain
+from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
@@ -13,6 +14,7 @@ __all__ = [
     "append_kv",
     "attention",
     "explain",
+    "geglu",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
