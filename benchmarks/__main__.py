@@ -14,14 +14,14 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
+# Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler slice per parallel region.
+SETTINGS = {"OMP_WAIT_POLICY": "passive"}
 # glibc returns freed blocks of 32 MiB and more to the kernel, and every later call pays for page faults: large outputs
-# would time the kernel's page allocator. Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler
-# slice per parallel region.
-SETTINGS = {
+# would time the kernel's page allocator. That is what a program with glibc's defaults pays, so it can be asked for.
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    "OMP_WAIT_POLICY": "passive",
 }
 
 
@@ -59,7 +59,9 @@ def print_result(result: Any) -> None:
         ratio = timing.minimum_us / result.minimum(ours)
         faster = "" if timing.contender == ours else f"{ratio:.2f}x as fast"
         share = f"{100 * result.share_of_copy_bandwidth(timing.contender):.0f}%"
-        print(f"  {timing.contender:16} {timing.minimum_us:9.1f} {timing.median_us:10.1f} {share:>18}   {faster}")
+        memory = result.peak_extra_bytes.get(timing.contender)
+        held = "" if memory is None else f"   holds {memory / 1e6:.1f} MB more"
+        print(f"  {timing.contender:16} {timing.minimum_us:9.1f} {timing.median_us:10.1f} {share:>18}   {faster}{held}")
     print(f"  {'copy':16} {result.copy_minimum_us:9.1f}", flush=True)
 
 
@@ -102,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "devices": facts["devices"],
                     "versions": facts["versions"],
                     "threads": arguments.threads,
-                    "settings": SETTINGS,
+                    "settings": {name: os.environ.get(name) for name in (*SETTINGS, *KEEP_FREED_MEMORY)},
                     "cases": records,
                     "boundary_us": boundaries,
                 },
@@ -124,13 +126,20 @@ def main() -> int:
     command.add_argument(
         "--caches", choices=("cold", "warm"), default="cold", help="state of the caches (see harness.py)"
     )
+    command.add_argument(
+        "--allocator",
+        choices=("keep", "default"),
+        default="keep",
+        help="keep: freed memory stays in the process; default: glibc's defaults, large blocks are faulted in again",
+    )
     command.add_argument("--seconds", type=float, default=4.0, help="per case")
     command.add_argument("--record", metavar="NAME", help="write benchmarks/results/NAME.json")
     command.set_defaults(run=run)
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
-        # Both are read when the process starts.
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **SETTINGS})
+    wanted = SETTINGS | (KEEP_FREED_MEMORY if arguments.allocator == "keep" else {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        # All of them are read when the process starts.
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **wanted})
     return arguments.run(arguments)
 
 
