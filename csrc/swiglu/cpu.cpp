@@ -77,13 +77,15 @@ void as_one_row_if_adjacent(Job& job, std::initializer_list<const Rows*> all) {
   job.width = job.elements;
 }
 
-// Two blocks keep a thread busy for longer than it takes to wake it.
+// 65536 elements are 20 us of work, which is what waking a thread that sleeps costs.
+constexpr int64_t blocks_per_thread = 65536 / block_elements;
+
 template <class Job, class Kernel>
 void run(const Job& job, const Tensor& like, Kernel kernel) {
   if (job.elements == 0) return;
   const Element element = element_of(like, "swiglu");
   const int64_t blocks = (job.elements + block_elements - 1) / block_elements;
-  torch::stable::parallel_for(0, blocks, 2, [&](int64_t begin, int64_t end) { kernel(element, job, begin, end); });
+  torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) { kernel(element, job, begin, end); });
 }
 
 void run_forward(Forward job, const Tensor& like) {
