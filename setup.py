@@ -39,7 +39,7 @@ CUDA_ARCHITECTURES = ("sm_80", "sm_90", "compute_90")
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 header
-# Every `cpu_kernels.cpp` is compiled once per instruction set; the level is chosen at run time (csrc/common/isa.h).
+# Every `cpu_kernels*.cpp` is compiled once per instruction set; the level is chosen at run time (csrc/common/isa.h).
 ISA_FLAGS = {"scalar": ["-DDK_VEC_LEVEL=0"]}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-DDK_VEC_LEVEL=2", "-mavx2", "-mfma", "-mf16c"]
@@ -143,7 +143,7 @@ class Plan:
         library = NativeLibrary("_cpu")
         for source in [*sorted((ROOT / "csrc").glob("*/cpu.cpp")), ROOT / "csrc" / "common" / "isa.cpp"]:
             library.objects.append(self._compile(cxx, source, "", self.torch_flags))
-        for source in sorted((ROOT / "csrc").glob("*/cpu_kernels.cpp")):
+        for source in sorted((ROOT / "csrc").glob("*/cpu_kernels*.cpp")):
             for isa, flags in ISA_FLAGS.items():
                 library.objects.append(self._compile(cxx, source, f".{isa}", [*flags, f"-DDK_ISA={isa}"]))
         for step in library.objects:  # isa.cpp and the dispatch tables must know which levels exist

@@ -1,0 +1,389 @@
+// Backward: one task per sequence and key-value head, or per range of its keys.
+//
+//   P  = 2^(scores - lse)       [keys, queries], recomputed as in the forward
+//   dS = P (V dO^T - delta)     delta = rowsum(dO O) - dlse
+//   dV += P dO    dK += dS Q    [keys, head_dim]
+//   dQ^T += K^T dS              [head_dim, queries]
+//
+// A task packs its queries and output gradients once, in the two forms that the five products read, then takes its keys block by
+// block: dK and dV of a block are complete when its queries have passed, dQ^T grows in the task's own memory. Every sum has one
+// owner and one order.
+#include "attention/kernels.h"
+#include "attention/pack.h"
+#include "attention/scores.h"
+
+namespace dreamkernels::attention::DK_ISA {
+namespace {
+
+constexpr int64_t kKeys = kKeyAlignment;  // keys per block
+constexpr float kHiddenLse = 1e30f;       // makes every probability of a query zero
+
+// One block of queries of one head, packed.
+template <class A>
+struct BackwardBlock {
+  using Stored = typename A::Stored;
+  Stored *q_lanes, *grad_lanes;  // [ceil(head_dim / pack), lanes]
+  Stored *q_rows, *grad_rows;    // [lanes / pack, width]
+  float *lse, *delta;            // [lanes]; lse in base 2
+  float* grad_q;                 // [depth, lanes]
+};
+
+template <class A>
+struct BackwardBuffers {
+  using Stored = typename A::Stored;
+  Stored *q_lanes, *grad_lanes, *q_rows, *grad_rows;
+  float *lse, *delta, *grad_q;
+  float* probabilities;          // [kRows, lanes] of a group of keys
+  float* slopes;                 // the same for the derivative of the soft cap
+  Stored *p_rows, *ds_rows;      // [kKeys, lanes]
+  Stored* ds_lanes;              // [kKeys / pack, lanes]
+  float *grad_k, *grad_v;        // [kKeys, width]
+  float* factors;                // [lanes]
+  Stored *key_copies, *value_copies;
+  Stored* keys;                  // [kKeys / pack, width]
+  int64_t lanes_size, rows_size, grad_q_size;
+
+  BackwardBuffers() = default;
+  BackwardBuffers(Arena& arena, int64_t blocks, int64_t head_dim) {
+    const int64_t width = round_up(head_dim, Vec::width);
+    lanes_size = round_up(head_dim, A::pack) * kQueries;
+    rows_size = width * kQueries;
+    grad_q_size = round_up(head_dim, kRows) * kQueries;
+    q_lanes = arena.take<Stored>(blocks * lanes_size);
+    grad_lanes = arena.take<Stored>(blocks * lanes_size);
+    q_rows = arena.take<Stored>(blocks * rows_size);
+    grad_rows = arena.take<Stored>(blocks * rows_size);
+    lse = arena.take<float>(blocks * kQueries);
+    delta = arena.take<float>(blocks * kQueries);
+    grad_q = arena.take<float>(blocks * grad_q_size);
+    probabilities = arena.take<float>(kRows * kQueries);
+    slopes = arena.take<float>(kRows * kQueries);
+    p_rows = arena.take<Stored>(kKeys * kQueries);
+    ds_rows = arena.take<Stored>(kKeys * kQueries);
+    ds_lanes = A::same_forms ? ds_rows : arena.take<Stored>(kKeys * kQueries);
+    grad_k = arena.take<float>(kKeys * width);
+    grad_v = arena.take<float>(kKeys * width);
+    factors = arena.take<float>(kQueries);
+    key_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
+    value_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
+    keys = arena.take<Stored>(kKeys * width);
+  }
+  BackwardBlock<A> block(int64_t n) const {
+    return {q_lanes + n * lanes_size, grad_lanes + n * lanes_size, q_rows + n * rows_size, grad_rows + n * rows_size,
+            lse + n * kQueries,       delta + n * kQueries,        grad_q + n * grad_q_size};
+  }
+};
+
+template <class A, class E>
+class BackwardTask {
+  using Stored = typename A::Stored;
+
+ public:
+  BackwardTask(const Backward& job, const Task& task, const BackwardBuffers<A>& buffers)
+      : job_(job),
+        p_(job.problem),
+        task_(task),
+        sequence_(p_.sequences[task.sequence]),
+        b_(buffers),
+        mask_(p_.visibility, sequence_.queries, sequence_.keys),
+        scaling_(p_.scale, p_.softcap),
+        blocks_((sequence_.queries + kQueries - 1) / kQueries),
+        group_(p_.heads / p_.kv_heads),
+        steps_((p_.head_dim + A::pack - 1) / A::pack),
+        depth_(round_up(p_.head_dim, kRows)),
+        width_(round_up(p_.head_dim, Vec::width)) {}
+
+  void run() {
+    each_block([&]<int kVecs>(int64_t head, int64_t block) { begin_block<kVecs>(head, block); });
+    // A block of keys has gradients or has none.
+    const int64_t constant = std::min(sequence_.constant_keys, sequence_.keys);
+    for (int64_t first = task_.begin; first < task_.end;) {
+      const int64_t limit = first < constant ? std::min(constant, task_.end) : task_.end;
+      const Range keys{first, std::min(first + kKeys, limit)};
+      run_keys(keys, first >= constant);
+      first = keys.end;
+    }
+    each_block([&]<int kVecs>(int64_t head, int64_t block) { end_block<kVecs>(head, block); });
+  }
+
+ private:
+  template <class F>
+  void each_block(F&& f) {
+    for (int64_t head = 0; head < group_; ++head) {
+      for (int64_t block = 0; block < blocks_; ++block) {
+        with_vectors((queries(block) + Vec::width - 1) / Vec::width, [&]<int kVecs>() { f.template operator()<kVecs>(head, block); });
+      }
+    }
+  }
+  int64_t queries(int64_t block) const { return std::min<int64_t>(kQueries, sequence_.queries - block * kQueries); }
+  int64_t query_head(int64_t head) const { return task_.head * group_ + head; }
+  int64_t out_offset(int64_t head, int64_t block) const {
+    return ((sequence_.first_query + block * kQueries) * p_.heads + query_head(head)) * p_.head_dim;
+  }
+
+  template <int kVecs>
+  void begin_block(int64_t head, int64_t block) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    const auto to = b_.block(head * blocks_ + block);
+    const int64_t h = query_head(head), first = block * kQueries, count = queries(block);
+    const E* q = static_cast<const E*>(p_.q.data) + sequence_.q + h * p_.q.head_stride + first * p_.q.token_stride;
+    const E* grad = static_cast<const E*>(job_.grad_out.data) + sequence_.grad_out + h * job_.grad_out.head_stride +
+                    first * job_.grad_out.token_stride;
+    pack_transposed<A>(q, p_.q.token_stride, count, p_.head_dim, to.q_lanes, lanes);
+    pack_transposed<A>(grad, job_.grad_out.token_stride, count, p_.head_dim, to.grad_lanes, lanes);
+    std::memset(static_cast<void*>(to.q_rows), 0, lanes * width_ * sizeof(Stored));
+    std::memset(static_cast<void*>(to.grad_rows), 0, lanes * width_ * sizeof(Stored));
+    pack_rows<A>(q, p_.q.token_stride, count, p_.head_dim, to.q_rows, width_);
+    pack_rows<A>(grad, job_.grad_out.token_stride, count, p_.head_dim, to.grad_rows, width_);
+    std::fill_n(to.grad_q, depth_ * lanes, 0.0f);
+
+    const E* out = static_cast<const E*>(job_.out) + out_offset(head, block);
+    const int64_t at = sequence_.lse + h * p_.lse_head_stride + first;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const bool hidden = lane >= count || job_.lse[at + lane] == -INFINITY;
+      to.lse[lane] = hidden ? kHiddenLse : job_.lse[at + lane] * kLog2E;
+      to.delta[lane] = 0.0f;
+      if (hidden) continue;
+      Vec products;
+      const E *row = out + lane * p_.heads * p_.head_dim, *grad_row = grad + lane * job_.grad_out.token_stride;
+      for_each_vector(p_.head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) {
+        products = fma(load(row + d, extent), load(grad_row + d, extent), products);
+      });
+      to.delta[lane] = sum(products) - (job_.grad_lse ? job_.grad_lse[at + lane] : 0.0f);
+    }
+  }
+
+  void run_keys(Range keys, bool gradients) {
+    const int64_t count = keys.end - keys.begin;
+    const E* k = static_cast<const E*>(p_.k.data) + sequence_.k + task_.head * p_.k.head_stride + keys.begin * p_.k.token_stride;
+    const E* v = static_cast<const E*>(p_.v.data) + sequence_.v + task_.head * p_.v.head_stride + keys.begin * p_.v.token_stride;
+    key_rows_.prepare(k, p_.k.token_stride, count, p_.head_dim, b_.key_copies);
+    value_rows_.prepare(v, p_.v.token_stride, count, p_.head_dim, b_.value_copies);
+    pack_rows<A>(k, p_.k.token_stride, count, p_.head_dim, b_.keys, width_);
+    if (gradients) {
+      std::fill_n(b_.grad_k, round_up(count, kRows) * width_, 0.0f);
+      std::fill_n(b_.grad_v, round_up(count, kRows) * width_, 0.0f);
+    }
+    each_block([&]<int kVecs>(int64_t head, int64_t block) {
+      Range seen = mask_.visible(block * kQueries, queries(block));
+      seen = {std::max((seen.begin - keys.begin) / kRows * kRows + keys.begin, keys.begin), std::min(seen.end, keys.end)};
+      if (seen.empty()) return;
+      const auto packed = b_.block(head * blocks_ + block);
+      differentiate_scores<kVecs>(packed, block, seen, keys.begin, gradients);
+      if (gradients) {
+        accumulate_rows<kVecs>(b_.p_rows, packed.grad_rows, b_.grad_v, seen, keys.begin);
+        accumulate_rows<kVecs>(b_.ds_rows, packed.q_rows, b_.grad_k, seen, keys.begin);
+      }
+      accumulate_grad_q<kVecs>(packed, seen, keys.begin);
+    });
+    write_rows(b_.grad_k, static_cast<E*>(job_.grad_k), keys, gradients, p_.scale);
+    write_rows(b_.grad_v, static_cast<E*>(job_.grad_v), keys, gradients, 1.0f);
+  }
+
+  // Fills p_rows, ds_rows and ds_lanes; row 0 is key seen.begin.
+  template <int kVecs>
+  DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin, bool gradients) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    const int64_t query = block * kQueries;
+    const Vec to_log2(scaling_.to_log2);
+    for (int64_t key = seen.begin; key < seen.end; key += kRows) {
+      const int64_t offset = (key - seen.begin) * lanes;
+      const bool final = !scaling_.at_once && mask_.all_visible(key, query, queries(block));
+      multiply<A, kRows, kVecs>(key_rows_.row(key - origin), key_rows_.stride(key - origin), A::pack, packed.q_lanes, lanes * A::pack,
+                                steps_, [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                                  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+                                    for (int v = 0; v < kVecs; ++v) {
+                                      store(b_.probabilities + r * lanes + v * Vec::width, tile[r][v], Full{});
+                                    }
+                                  }
+                                });
+      if (!final) adjust<kVecs>(key, query);
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec shift = Vec(0.0f) - load(packed.lse + v * Vec::width, Full{});
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; r += 2) {
+          float* at = b_.probabilities + r * lanes + v * Vec::width;
+          const Vec first = exp2<A>(fma(load(at, Full{}), to_log2, shift));
+          const Vec second = exp2<A>(fma(load(at + lanes, Full{}), to_log2, shift));
+          store(at, first, Full{});
+          store(at + lanes, second, Full{});
+          if (gradients) store_forms<kVecs>(b_.p_rows + offset + r * lanes + v * Vec::width, nullptr, first, second);
+        }
+      }
+      multiply<A, kRows, kVecs>(
+          value_rows_.row(key - origin), value_rows_.stride(key - origin), A::pack, packed.grad_lanes, lanes * A::pack, steps_,
+          [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) {
+              const Vec delta = load(packed.delta + v * Vec::width, Full{});
+#pragma GCC unroll 16
+              for (int r = 0; r < kRows; r += 2) {
+                const float* at = b_.probabilities + r * lanes + v * Vec::width;
+                tile[r][v] = load(at, Full{}) * (tile[r][v] - delta);
+                tile[r + 1][v] = load(at + lanes, Full{}) * (tile[r + 1][v] - delta);
+                if (scaling_.softcap > 0) {
+                  const float* slope = b_.slopes + r * lanes + v * Vec::width;
+                  tile[r][v] = tile[r][v] * load(slope, Full{});
+                  tile[r + 1][v] = tile[r + 1][v] * load(slope + lanes, Full{});
+                }
+                store_forms<kVecs>(b_.ds_rows + offset + r * lanes + v * Vec::width,
+                                   b_.ds_lanes + offset + r * lanes + v * Vec::width * A::pack, tile[r][v], tile[r + 1][v]);
+              }
+            }
+          });
+    }
+  }
+
+  // Rows r and r + 1 of a tile, in the form of rows and, unless `interleaved` is null, in that of lanes.
+  template <int kVecs>
+  static DK_INLINE void store_forms(Stored* rows, [[maybe_unused]] Stored* interleaved, Vec first, Vec second) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    if constexpr (A::same_forms) {
+      store(rows, first, Full{});
+      store(rows + lanes, second, Full{});
+    } else {
+#if DK_VEC_LEVEL == 513
+      const __m512i both = rounded_rows(first, second);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + lanes), _mm512_extracti64x4_epi64(both, 1));
+      if (interleaved) _mm512_storeu_si512(interleaved, interleaved_rows(both));
+#endif
+    }
+  }
+
+  template <int kVecs>
+  __attribute__((noinline)) void adjust(int64_t key, int64_t query) {
+    const bool masked = !mask_.all_visible(key, query, kVecs * Vec::width);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t at = (r * kVecs + v) * Vec::width;
+        Vec s = load(b_.probabilities + at, Full{});
+        if (scaling_.at_once) s = s * Vec(scaling_.scale);
+        if (scaling_.softcap > 0) {
+          Vec slope;
+          s = capped(s, scaling_.softcap, slope);
+          store(b_.slopes + at, slope, Full{});
+        }
+        if (masked) s = s + mask_.bias(key + r, query + v * Vec::width);
+        store(b_.probabilities + at, s, Full{});
+      }
+    }
+  }
+
+  // grad[key] += sum over queries of rows[key, query] right[query]
+  template <int kVecs>
+  DK_INLINE void accumulate_rows(const Stored* rows, const Stored* right, float* grad, Range seen, int64_t origin) {
+    for (int64_t d = 0; d < width_;) {
+      // Of four vectors two and two: a last one alone would wait for its loads.
+      const int64_t left = (width_ - d) / Vec::width, now = left == kMaxVecs + 1 ? 2 : std::min<int64_t>(left, kMaxVecs);
+      with_vectors(now, [&]<int kColumns>() {
+        constexpr int64_t lanes = kVecs * Vec::width;
+        for (int64_t key = seen.begin; key < seen.end; key += kRows) {
+          float* to = grad + (key - origin) * width_ + d;
+          multiply<A, kRows, kColumns>(rows + (key - seen.begin) * lanes, lanes, A::pack, right + d * A::pack, width_ * A::pack,
+                                       lanes / A::pack, [&](Vec(&tile)[kRows][kColumns]) __attribute__((always_inline)) {
+                                         add_tile<kColumns>(tile, to, width_);
+                                       });
+        }
+      });
+      d += now * Vec::width;
+    }
+  }
+
+  template <int kVecs>
+  DK_INLINE void accumulate_grad_q(const BackwardBlock<A>& packed, Range seen, int64_t origin) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    const int64_t steps = (seen.end - seen.begin + A::pack - 1) / A::pack;
+    for (int64_t d = 0; d < depth_; d += kRows) {
+      multiply<A, kRows, kVecs>(b_.keys + (seen.begin - origin) * width_ + d * A::pack, A::pack, width_ * A::pack, b_.ds_lanes,
+                                lanes * A::pack, steps, [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
+                                  add_tile<kVecs>(tile, packed.grad_q + d * lanes, lanes);
+                                });
+    }
+  }
+
+  template <int kVecs>
+  static DK_INLINE void add_tile(Vec (&tile)[kRows][kVecs], float* to, int64_t stride) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = to + r * stride + v * Vec::width;
+        store(at, load(at, Full{}) + tile[r][v], Full{});
+      }
+    }
+  }
+
+  void write_rows(const float* grad, E* to, Range keys, bool gradients, float scale) {
+    const Vec factor(scale);
+    for (int64_t key = keys.begin; key < keys.end; ++key, grad += width_) {
+      E* row = to + ((sequence_.first_key + key) * p_.kv_heads + task_.head) * p_.head_dim;
+      for_each_vector(p_.head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) {
+        store(row + d, gradients ? load(grad + d, extent) * factor : Vec(), extent);
+      });
+    }
+  }
+
+  template <int kVecs>
+  void end_block(int64_t head, int64_t block) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    const float* grad_q = b_.block(head * blocks_ + block).grad_q;
+    const int64_t at = out_offset(head, block), stride = p_.heads * p_.head_dim;
+    std::fill_n(b_.factors, lanes, p_.scale);
+    if (task_.part >= 0) {
+      store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, job_.grad_q_parts + task_.part * job_.part_stride + at, stride);
+    } else {
+      store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, static_cast<E*>(job_.grad_q) + at, stride);
+    }
+  }
+
+  const Backward& job_;
+  const Problem& p_;
+  const Task& task_;
+  const Sequence& sequence_;
+  const BackwardBuffers<A>& b_;
+  Mask mask_;
+  Scaling scaling_;
+  int64_t blocks_, group_;
+  int64_t steps_;          // lanes' worth of head_dim
+  int64_t depth_, width_;  // head_dim rounded up to tiles and to vectors
+  LeftRows<A> key_rows_, value_rows_;
+};
+
+template <class A, class E>
+void run_tasks(const Backward& job, std::atomic<int64_t>& next_task) {
+  const Problem& p = job.problem;
+  int64_t longest = 0;
+  for (int64_t t = 0; t < p.task_count; ++t) longest = std::max(longest, p.sequences[p.tasks[t].sequence].queries);
+  const int64_t blocks = (longest + kQueries - 1) / kQueries * (p.heads / p.kv_heads);
+  const Workspace<BackwardBuffers<A>> workspace(blocks, p.head_dim);
+  for (int64_t t; (t = next_task.fetch_add(1, std::memory_order_relaxed)) < p.task_count;) {
+    BackwardTask<A, E>(job, p.tasks[t], workspace.buffers).run();
+  }
+}
+
+}  // namespace
+
+void backward_tasks(Element element, const Backward& job, std::atomic<int64_t>& next_task) {
+  with_element(element, [&]<class E>(E*) {
+#if DK_VEC_LEVEL == 513
+    if constexpr (std::is_same_v<E, BFloat16>) return run_tasks<BFloat16Arithmetic, E>(job, next_task);
+#endif
+    run_tasks<Float32Arithmetic, E>(job, next_task);
+  });
+}
+
+void reduce_grad_q(Element element, const Backward& job, int64_t parts, int64_t begin, int64_t end) {
+  with_element(element, [&]<class E>(E*) {
+    E* to = static_cast<E*>(job.grad_q) + begin;
+    for_each_vector(end - begin, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+      Vec total = load(job.grad_q_parts + begin + i, extent);
+      for (int64_t part = 1; part < parts; ++part) total = total + load(job.grad_q_parts + part * job.part_stride + begin + i, extent);
+      store(to + i, total, extent);
+    });
+  });
+}
+
+}  // namespace dreamkernels::attention::DK_ISA

@@ -1,0 +1,80 @@
+// What forward and backward share between the product of queries and keys and the exponential: masks, scale and soft cap.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "attention/kernels.h"
+#include "attention/multiply.h"
+
+namespace dreamkernels::attention::DK_ISA {
+
+constexpr float kMasked = -1e38f;      // added to a hidden score, at most three times; stays finite
+constexpr float kLeastScore = -1e30f;  // below every visible score, above every hidden one
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// A group of kRows keys beside a block of queries.
+class Mask {
+ public:
+  Mask(const Visibility& visibility, int64_t queries, int64_t keys)
+      : nearest_(visibility.nearest), farthest_(visibility.farthest), offset_(keys - queries), keys_(keys) {
+    for (int k = 0; k < 2 * Vec::width; ++k) {
+      from_nearest_[k] = k < Vec::width ? kMasked : 0.0f;
+      to_farthest_[k] = k <= Vec::width ? 0.0f : kMasked;
+    }
+    to_farthest_[2 * Vec::width] = kMasked;
+  }
+
+  // The keys that some query of the block sees.
+  Range visible(int64_t first_query, int64_t queries) const {
+    const int64_t begin = first_query + offset_ - farthest_, end = first_query + queries - 1 + offset_ - nearest_ + 1;
+    return {std::max<int64_t>(0, begin), std::min(keys_, end)};
+  }
+
+  bool all_visible(int64_t key, int64_t first_query, int64_t queries) const {
+    const int64_t nearest = first_query + offset_ - (key + kRows - 1), farthest = first_query + queries - 1 + offset_ - key;
+    return nearest >= nearest_ && farthest <= farthest_ && key + kRows <= keys_;
+  }
+
+  // What is added to the scores of one key and Vec::width queries: 0, or kMasked and below.
+  DK_INLINE Vec bias(int64_t key, int64_t first_query) const {
+    if (key >= keys_) return Vec(kMasked);
+    constexpr int64_t w = Vec::width;
+    const int64_t distance = first_query + offset_ - key;  // of the first lane
+    const int64_t near = std::clamp<int64_t>(distance - nearest_, -w, 0), far = std::clamp<int64_t>(distance - farthest_, -w, 1);
+    return load(from_nearest_ + w + near, Full{}) + load(to_farthest_ + w + far, Full{});
+  }
+
+ private:
+  int64_t nearest_, farthest_, offset_, keys_;
+  float from_nearest_[2 * Vec::width];    // [w + x]: a key at distance nearest + x
+  float to_farthest_[2 * Vec::width + 1];  // [w + x]: a key at distance farthest + x
+};
+
+// Scores are kept as the product leaves them where scaling can wait for the exponent (`factor`), which is nearly always.
+struct Scaling {
+  bool at_once;     // a soft cap needs scaled scores, and a maximum needs a positive factor
+  float scale;      // applied at once
+  float softcap;    // 0: none
+  float to_log2;    // from kept scores to exponents of two
+
+  Scaling(float requested, float softcap)
+      : at_once(softcap > 0 || !(requested > 1e-6f && requested < 1e6f)),
+        scale(requested),
+        softcap(softcap),
+        to_log2(at_once ? kLog2E : requested * kLog2E) {}
+};
+
+// cap tanh(scaled / cap); `slope` receives the derivative with respect to the scaled score.
+DK_INLINE Vec capped(Vec scaled, float cap, Vec& slope) {
+  const Vec t = tanh(scaled * Vec(1.0f / cap));
+  slope = fma(Vec(0.0f) - t, t, Vec(1.0f));
+  return t * Vec(cap);
+}
+
+}  // namespace dreamkernels::attention::DK_ISA
