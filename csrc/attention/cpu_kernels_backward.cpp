@@ -1,6 +1,6 @@
 // Backward: one task per sequence and key-value head, or per range of its keys.
 //
-//   P  = 2^(scores - lse)       [keys, queries], recomputed as in the forward
+//   P  = e^(scores - lse)       [keys, queries], recomputed as in the forward
 //   dS = P (V dO^T - delta)     delta = rowsum(dO O) - dlse
 //   dV += P dO    dK += dS Q    [keys, head_dim]
 //   dQ^T += K^T dS              [head_dim, queries]
@@ -24,7 +24,7 @@ struct BackwardBlock {
   using Stored = typename A::Stored;
   Stored *q_lanes, *grad_lanes;  // [ceil(head_dim / pack), lanes]
   Stored *q_rows, *grad_rows;    // [lanes / pack, width]
-  float *lse, *delta;            // [lanes]; lse in base 2
+  float *lse, *delta;            // [lanes]
   float* grad_q;                 // [depth, lanes]
 };
 
@@ -39,6 +39,7 @@ struct BackwardBuffers {
   Stored* ds_lanes;              // [kKeys / pack, lanes]
   float *grad_k, *grad_v;        // [kKeys, width]
   float* factors;                // [lanes]
+  Stored* out_lanes;             // as q_lanes, of one block
   Stored *key_copies, *value_copies;
   Stored* keys;                  // [kKeys / pack, width]
   int64_t lanes_size, rows_size, grad_q_size;
@@ -64,6 +65,7 @@ struct BackwardBuffers {
     grad_k = arena.take<float>(kKeys * width);
     grad_v = arena.take<float>(kKeys * width);
     factors = arena.take<float>(kQueries);
+    out_lanes = arena.take<Stored>(lanes_size);
     key_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
     value_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
     keys = arena.take<Stored>(kKeys * width);
@@ -138,18 +140,24 @@ class BackwardTask {
     std::fill_n(to.grad_q, depth_ * lanes, 0.0f);
 
     const E* out = static_cast<const E*>(job_.out) + out_offset(head, block);
+    pack_transposed<A>(out, p_.heads * p_.head_dim, count, p_.head_dim, b_.out_lanes, lanes);
     const int64_t at = sequence_.lse + h * p_.lse_head_stride + first;
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const bool hidden = lane >= count || job_.lse[at + lane] == -INFINITY;
-      to.lse[lane] = hidden ? kHiddenLse : job_.lse[at + lane] * kLog2E;
-      to.delta[lane] = 0.0f;
-      if (hidden) continue;
-      Vec products;
-      const E *row = out + lane * p_.heads * p_.head_dim, *grad_row = grad + lane * job_.grad_out.token_stride;
-      for_each_vector(p_.head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) {
-        products = fma(load(row + d, extent), load(grad_row + d, extent), products);
-      });
-      to.delta[lane] = sum(products) - (job_.grad_lse ? job_.grad_lse[at + lane] : 0.0f);
+      to.lse[lane] = hidden ? kHiddenLse : job_.lse[at + lane];
+      to.delta[lane] = !hidden && job_.grad_lse ? -job_.grad_lse[at + lane] : 0.0f;
+    }
+    // In the same order as V dO^T: a query with one key, where O is V, then has a dS of exactly zero, as it should.
+    Vec products[kVecs];
+    for (int64_t s = 0; s < steps_; ++s) {
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t i = (s * lanes + v * Vec::width) * A::pack;
+        products[v] = A::dot(A::load(b_.out_lanes + i), A::load(to.grad_lanes + i), products[v]);
+      }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      float* delta = to.delta + v * Vec::width;
+      store(delta, load(delta, Full{}) + products[v], Full{});
     }
   }
 
@@ -185,7 +193,6 @@ class BackwardTask {
   DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin, bool gradients) {
     constexpr int64_t lanes = kVecs * Vec::width;
     const int64_t query = block * kQueries;
-    const Vec to_log2(scaling_.to_log2);
     for (int64_t key = seen.begin; key < seen.end; key += kRows) {
       const int64_t offset = (key - seen.begin) * lanes;
       const bool final = !scaling_.at_once && mask_.all_visible(key, query, queries(block));
@@ -201,12 +208,12 @@ class BackwardTask {
                                 });
       if (!final) adjust<kVecs>(key, query);
       for (int v = 0; v < kVecs; ++v) {
-        const Vec shift = Vec(0.0f) - load(packed.lse + v * Vec::width, Full{});
+        const Vec lse = load(packed.lse + v * Vec::width, Full{});
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r += 2) {
           float* at = b_.probabilities + r * lanes + v * Vec::width;
-          const Vec first = exp2<A>(fma(load(at, Full{}), to_log2, shift));
-          const Vec second = exp2<A>(fma(load(at + lanes, Full{}), to_log2, shift));
+          const Vec first = scaling_.template relative_to_lse<A>(load(at, Full{}), lse);
+          const Vec second = scaling_.template relative_to_lse<A>(load(at + lanes, Full{}), lse);
           store(at, first, Full{});
           store(at + lanes, second, Full{});
           if (gradients) store_forms<kVecs>(b_.p_rows + offset + r * lanes + v * Vec::width, nullptr, first, second);

@@ -180,7 +180,7 @@ class ForwardTask {
       const Vec factor = exp2<Float32Arithmetic>((before - maximum[v]) * to_log2);
       store(b_.factors + v * Vec::width, factor, Full{});
       sum[v] = load(b_.sum + block * kQueries + v * Vec::width, Full{}) * factor;
-      shift[v] = Vec(0.0f) - maximum[v] * to_log2;
+      shift[v] = scaling_.template shifted<A>(maximum[v]);
     }
     float* scores = b_.scores;
     [[maybe_unused]] Stored* to = b_.probabilities;
@@ -188,12 +188,12 @@ class ForwardTask {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         float* at = scores + v * Vec::width;
-        const Vec first = exp2<A>(fma(load(at, Full{}), to_log2, shift[v]));
+        const Vec first = scaling_.template relative_to_maximum<A>(load(at, Full{}), shift[v], to_log2);
         sum[v] = sum[v] + first;
         if constexpr (A::pack == 1) {
           store(at, first, Full{});
         } else {
-          const Vec second = exp2<A>(fma(load(at + lanes, Full{}), to_log2, shift[v]));
+          const Vec second = scaling_.template relative_to_maximum<A>(load(at + lanes, Full{}), shift[v], to_log2);
           sum[v] = sum[v] + second;
           store_interleaved(to + v * Vec::width * A::pack, first, second);
         }
@@ -240,7 +240,7 @@ class ForwardTask {
       const bool hidden = sum[lane] == 0.0f;  // such a query sees no key
       b_.factors[lane] = hidden ? 0.0f : 1.0f / sum[lane];
       if (lane < queries(block)) {
-        lse[lane] = hidden ? -INFINITY : maximum[lane] * scaling_.to_log2 * kLn2 + std::log(sum[lane]);
+        lse[lane] = hidden ? -INFINITY : maximum[lane] * scaling_.to_natural + std::log(sum[lane]);
       }
     }
     E* out = static_cast<E*>(job_.out) + ((sequence_.first_query + first_query(block)) * p_.heads + task_.head) * p_.head_dim;

@@ -11,7 +11,6 @@ namespace dreamkernels::attention::DK_ISA {
 constexpr float kMasked = -1e38f;      // added to a hidden score, at most three times; stays finite
 constexpr float kLeastScore = -1e30f;  // below every visible score, above every hidden one
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 struct Range {
   int64_t begin, end;
@@ -56,18 +55,37 @@ class Mask {
   float to_farthest_[2 * Vec::width + 1];  // [w + x]: a key at distance farthest + x
 };
 
-// Scores are kept as the product leaves them where scaling can wait for the exponent (`factor`), which is nearly always.
+// Scores are kept as the product leaves them where scaling can wait for the exponent, which is nearly always.
 struct Scaling {
-  bool at_once;     // a soft cap needs scaled scores, and a maximum needs a positive factor
-  float scale;      // applied at once
-  float softcap;    // 0: none
-  float to_log2;    // from kept scores to exponents of two
+  bool at_once;      // a soft cap needs scaled scores, and a maximum needs a positive factor
+  float scale;       // applied at once
+  float softcap;     // 0: none
+  float to_natural;  // from kept scores to exponents of e
+  float to_log2;     // ... and of two
 
   Scaling(float requested, float softcap)
       : at_once(softcap > 0 || !(requested > 1e-6f && requested < 1e6f)),
         scale(requested),
         softcap(softcap),
-        to_log2(at_once ? kLog2E : requested * kLog2E) {}
+        to_natural(at_once ? 1.0f : requested),
+        to_log2(to_natural * kLog2E) {}
+
+  // 2^(score - maximum) and e^(score - lse). Float32 rounds in such an order that the only visible key has probability 1, as in a
+  // plain softmax; where the result is rounded to bfloat16, one fused operation does.
+  template <class A>
+  DK_INLINE Vec relative_to_maximum(Vec score, Vec maximum, Vec log2_factor) const {
+    if constexpr (A::pack == 1) return exp2<A>((score - maximum) * log2_factor);
+    return exp2<A>(fma(score, log2_factor, maximum));  // maximum: shifted(), below
+  }
+  template <class A>
+  DK_INLINE Vec shifted(Vec maximum) const {
+    return A::pack == 1 ? maximum : Vec(0.0f) - maximum * Vec(to_log2);
+  }
+  template <class A>
+  DK_INLINE Vec relative_to_lse(Vec score, Vec lse) const {
+    if constexpr (A::pack == 1) return exp2<A>((score * Vec(to_natural) - lse) * Vec(kLog2E));
+    return exp2<A>(fma(score, Vec(to_log2), Vec(0.0f) - lse * Vec(kLog2E)));
+  }
 };
 
 // cap tanh(scaled / cap); `slope` receives the derivative with respect to the scaled score.
