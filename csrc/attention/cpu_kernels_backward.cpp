@@ -8,6 +8,7 @@
 // A task packs its queries and output gradients once, in the two forms that the five products read, then takes its keys block by
 // block: dK and dV of a block are complete when its queries have passed, dQ^T grows in the task's own memory. Every sum has one
 // owner and one order.
+#include "attention/backward_buffers.h"
 #include "attention/kernels.h"
 #include "attention/pack.h"
 #include "attention/scores.h"
@@ -15,66 +16,7 @@
 namespace dreamkernels::attention::DK_ISA {
 namespace {
 
-constexpr int64_t kKeys = kKeyAlignment;  // keys per block
 constexpr float kHiddenLse = 1e30f;       // makes every probability of a query zero
-
-// One block of queries of one head, packed.
-template <class A>
-struct BackwardBlock {
-  using Stored = typename A::Stored;
-  Stored *q_lanes, *grad_lanes;  // [ceil(head_dim / pack), lanes]
-  Stored *q_rows, *grad_rows;    // [lanes / pack, width]
-  float *lse, *delta;            // [lanes]
-  float* grad_q;                 // [depth, lanes]
-};
-
-template <class A>
-struct BackwardBuffers {
-  using Stored = typename A::Stored;
-  Stored *q_lanes, *grad_lanes, *q_rows, *grad_rows;
-  float *lse, *delta, *grad_q;
-  float* probabilities;          // [kRows, lanes] of a group of keys
-  float* slopes;                 // the same for the derivative of the soft cap
-  Stored *p_rows, *ds_rows;      // [kKeys, lanes]
-  Stored* ds_lanes;              // [kKeys / pack, lanes]
-  float *grad_k, *grad_v;        // [kKeys, width]
-  float* factors;                // [lanes]
-  Stored* out_lanes;             // as q_lanes, of one block
-  Stored *key_copies, *value_copies;
-  Stored* keys;                  // [kKeys / pack, width]
-  int64_t lanes_size, rows_size, grad_q_size;
-
-  BackwardBuffers() = default;
-  BackwardBuffers(Arena& arena, int64_t blocks, int64_t head_dim) {
-    const int64_t width = round_up(head_dim, Vec::width);
-    lanes_size = round_up(head_dim, A::pack) * kQueries;
-    rows_size = width * kQueries;
-    grad_q_size = round_up(head_dim, kRows) * kQueries;
-    q_lanes = arena.take<Stored>(blocks * lanes_size);
-    grad_lanes = arena.take<Stored>(blocks * lanes_size);
-    q_rows = arena.take<Stored>(blocks * rows_size);
-    grad_rows = arena.take<Stored>(blocks * rows_size);
-    lse = arena.take<float>(blocks * kQueries);
-    delta = arena.take<float>(blocks * kQueries);
-    grad_q = arena.take<float>(blocks * grad_q_size);
-    probabilities = arena.take<float>(kRows * kQueries);
-    slopes = arena.take<float>(kRows * kQueries);
-    p_rows = arena.take<Stored>(kKeys * kQueries);
-    ds_rows = arena.take<Stored>(kKeys * kQueries);
-    ds_lanes = A::same_forms ? ds_rows : arena.take<Stored>(kKeys * kQueries);
-    grad_k = arena.take<float>(kKeys * width);
-    grad_v = arena.take<float>(kKeys * width);
-    factors = arena.take<float>(kQueries);
-    out_lanes = arena.take<Stored>(lanes_size);
-    key_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
-    value_copies = arena.take<Stored>(kKeys * round_up(head_dim, A::pack));
-    keys = arena.take<Stored>(kKeys * width);
-  }
-  BackwardBlock<A> block(int64_t n) const {
-    return {q_lanes + n * lanes_size, grad_lanes + n * lanes_size, q_rows + n * rows_size, grad_rows + n * rows_size,
-            lse + n * kQueries,       delta + n * kQueries,        grad_q + n * grad_q_size};
-  }
-};
 
 template <class A, class E>
 class BackwardTask {
@@ -97,14 +39,7 @@ class BackwardTask {
 
   void run() {
     each_block([&]<int kVecs>(int64_t head, int64_t block) { begin_block<kVecs>(head, block); });
-    // A block of keys has gradients or has none.
-    const int64_t constant = std::min(sequence_.constant_keys, sequence_.keys);
-    for (int64_t first = task_.begin; first < task_.end;) {
-      const int64_t limit = first < constant ? std::min(constant, task_.end) : task_.end;
-      const Range keys{first, std::min(first + kKeys, limit)};
-      run_keys(keys, first >= constant);
-      first = keys.end;
-    }
+    for (int64_t first = task_.begin; first < task_.end; first += kKeys) run_keys({first, std::min(first + kKeys, task_.end)});
     each_block([&]<int kVecs>(int64_t head, int64_t block) { end_block<kVecs>(head, block); });
   }
 
@@ -138,6 +73,7 @@ class BackwardTask {
     pack_rows<A>(q, p_.q.token_stride, count, p_.head_dim, to.q_rows, width_);
     pack_rows<A>(grad, job_.grad_out.token_stride, count, p_.head_dim, to.grad_rows, width_);
     std::fill_n(to.grad_q, depth_ * lanes, 0.0f);
+    std::fill_n(to.total, lanes, 0.0f);
 
     const E* out = static_cast<const E*>(job_.out) + out_offset(head, block);
     pack_transposed<A>(out, p_.heads * p_.head_dim, count, p_.head_dim, b_.out_lanes, lanes);
@@ -147,57 +83,78 @@ class BackwardTask {
       to.lse[lane] = hidden ? kHiddenLse : job_.lse[at + lane];
       to.delta[lane] = !hidden && job_.grad_lse ? -job_.grad_lse[at + lane] : 0.0f;
     }
-    // In the same order as V dO^T: a query with one key, where O is V, then has a dS of exactly zero, as it should.
-    Vec products[kVecs];
-    for (int64_t s = 0; s < steps_; ++s) {
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t i = (s * lanes + v * Vec::width) * A::pack;
-        products[v] = A::dot(A::load(b_.out_lanes + i), A::load(to.grad_lanes + i), products[v]);
-      }
-    }
+    add_products<kVecs>(to, block);
+  }
+
+  // delta += dO O. A query with one key, where O is V, takes the order of V dO^T, which leaves a dS of exactly zero, as it should.
+  // Others in float32 take a better order: with few keys, an error of delta weighs more than those of dP.
+  template <int kVecs>
+  DK_INLINE void add_products(const BackwardBlock<A>& to, int64_t block) {
+    constexpr int64_t lanes = kVecs * Vec::width;
+    constexpr int parts = 8;
     for (int v = 0; v < kVecs; ++v) {
+      Vec chain, chains, part[parts];
+      for (int64_t s = 0; s < steps_; ++s) {
+        const int64_t i = (s * lanes + v * Vec::width) * A::pack;
+        const auto out = A::load(b_.out_lanes + i), grad = A::load(to.grad_lanes + i);
+        chain = A::dot(out, grad, chain);
+        if constexpr (A::pack == 1) {
+          part[s % parts] = A::dot(out, grad, part[s % parts]);
+          if (s % kChain == kChain - 1 || s == steps_ - 1) {  // as multiply_rows
+            chains = chain + chains;
+            chain = Vec();
+          }
+        }
+      }
       float* delta = to.delta + v * Vec::width;
-      store(delta, load(delta, Full{}) + products[v], Full{});
+      Vec products = chain;
+      if constexpr (A::pack == 1) {
+        for (int width = parts / 2; width > 0; width /= 2) {
+          for (int n = 0; n < width; ++n) part[n] = part[n] + part[n + width];
+        }
+        const Vec keys = mask_.visible_keys(block * kQueries + v * Vec::width);
+        products = select_less(keys, Vec(1.5f), chains, part[0]);
+      }
+      store(delta, load(delta, Full{}) + products, Full{});
     }
   }
 
-  void run_keys(Range keys, bool gradients) {
+  void run_keys(Range keys) {
     const int64_t count = keys.end - keys.begin;
+    // The first group of keys with a gradient: constants before it cost three products instead of five.
+    const int64_t variable = std::max(keys.begin, sequence_.constant_keys / kRows * kRows);
     const E* k = static_cast<const E*>(p_.k.data) + sequence_.k + task_.head * p_.k.head_stride + keys.begin * p_.k.token_stride;
     const E* v = static_cast<const E*>(p_.v.data) + sequence_.v + task_.head * p_.v.head_stride + keys.begin * p_.v.token_stride;
     key_rows_.prepare(k, p_.k.token_stride, count, p_.head_dim, b_.key_copies);
     value_rows_.prepare(v, p_.v.token_stride, count, p_.head_dim, b_.value_copies);
     pack_rows<A>(k, p_.k.token_stride, count, p_.head_dim, b_.keys, width_);
-    if (gradients) {
-      std::fill_n(b_.grad_k, round_up(count, kRows) * width_, 0.0f);
-      std::fill_n(b_.grad_v, round_up(count, kRows) * width_, 0.0f);
-    }
+    std::fill_n(b_.grad_k, round_up(count, kRows) * width_, 0.0f);
+    std::fill_n(b_.grad_v, round_up(count, kRows) * width_, 0.0f);
     each_block([&]<int kVecs>(int64_t head, int64_t block) {
       Range seen = mask_.visible(block * kQueries, queries(block));
       seen = {std::max((seen.begin - keys.begin) / kRows * kRows + keys.begin, keys.begin), std::min(seen.end, keys.end)};
       if (seen.empty()) return;
       const auto packed = b_.block(head * blocks_ + block);
-      differentiate_scores<kVecs>(packed, block, seen, keys.begin, gradients);
-      if (gradients) {
-        accumulate_rows<kVecs>(b_.p_rows, packed.grad_rows, b_.grad_v, seen, keys.begin);
-        accumulate_rows<kVecs>(b_.ds_rows, packed.q_rows, b_.grad_k, seen, keys.begin);
-      }
+      differentiate_scores<kVecs>(packed, block, seen, keys.begin);
+      accumulate_rows<kVecs>(b_.p_rows, packed.grad_rows, b_.grad_v, seen, keys.begin, variable);
+      accumulate_rows<kVecs>(b_.ds_rows, packed.q_rows, b_.grad_k, seen, keys.begin, variable);
       accumulate_grad_q<kVecs>(packed, seen, keys.begin);
     });
-    write_rows(b_.grad_k, static_cast<E*>(job_.grad_k), keys, gradients, p_.scale);
-    write_rows(b_.grad_v, static_cast<E*>(job_.grad_v), keys, gradients, 1.0f);
+    write_rows(b_.grad_k, static_cast<E*>(job_.grad_k), keys, p_.scale);
+    write_rows(b_.grad_v, static_cast<E*>(job_.grad_v), keys, 1.0f);
   }
 
   // Fills p_rows, ds_rows and ds_lanes; row 0 is key seen.begin.
   template <int kVecs>
-  DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin, bool gradients) {
+  DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin) {
     constexpr int64_t lanes = kVecs * Vec::width;
     const int64_t query = block * kQueries;
+    Vec total[kVecs];
     for (int64_t key = seen.begin; key < seen.end; key += kRows) {
       const int64_t offset = (key - seen.begin) * lanes;
       const bool final = !scaling_.at_once && mask_.all_visible(key, query, queries(block));
-      multiply<A, kRows, kVecs>(key_rows_.row(key - origin), key_rows_.stride(key - origin), A::pack, packed.q_lanes, lanes * A::pack,
-                                steps_, [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
+      multiply_rows<A, kRows, kVecs>(key_rows_.row(key - origin), key_rows_.stride(key - origin), packed.q_lanes, lanes * A::pack,
+                                steps_, b_.partial, [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
                                   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -214,13 +171,14 @@ class BackwardTask {
           float* at = b_.probabilities + r * lanes + v * Vec::width;
           const Vec first = scaling_.template relative_to_lse<A>(load(at, Full{}), lse);
           const Vec second = scaling_.template relative_to_lse<A>(load(at + lanes, Full{}), lse);
+          if constexpr (A::pack == 1) total[v] = total[v] + (first + second);
           store(at, first, Full{});
           store(at + lanes, second, Full{});
-          if (gradients) store_forms<kVecs>(b_.p_rows + offset + r * lanes + v * Vec::width, nullptr, first, second);
+          store_forms<kVecs>(b_.p_rows + offset + r * lanes + v * Vec::width, nullptr, first, second);
         }
       }
-      multiply<A, kRows, kVecs>(
-          value_rows_.row(key - origin), value_rows_.stride(key - origin), A::pack, packed.grad_lanes, lanes * A::pack, steps_,
+      multiply_rows<A, kRows, kVecs>(
+          value_rows_.row(key - origin), value_rows_.stride(key - origin), packed.grad_lanes, lanes * A::pack, steps_, b_.partial,
           [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int v = 0; v < kVecs; ++v) {
@@ -240,6 +198,12 @@ class BackwardTask {
               }
             }
           });
+    }
+    if constexpr (A::pack == 1) {
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = packed.total + v * Vec::width;
+        store(at, load(at, Full{}) + total[v], Full{});
+      }
     }
   }
 
@@ -273,21 +237,22 @@ class BackwardTask {
           s = capped(s, scaling_.softcap, slope);
           store(b_.slopes + at, slope, Full{});
         }
-        if (masked) s = s + mask_.bias(key + r, query + v * Vec::width);
+        if (masked) s = mask_.hide(s, key + r, query + v * Vec::width);
         store(b_.probabilities + at, s, Full{});
       }
     }
   }
 
-  // grad[key] += sum over queries of rows[key, query] right[query]
+  // grad[key] += sum over queries of rows[key, query] right[query], from key `variable` on
   template <int kVecs>
-  DK_INLINE void accumulate_rows(const Stored* rows, const Stored* right, float* grad, Range seen, int64_t origin) {
+  DK_INLINE void accumulate_rows(const Stored* rows, const Stored* right, float* grad, Range seen, int64_t origin,
+                                 int64_t variable) {
     for (int64_t d = 0; d < width_;) {
       // Of four vectors two and two: a last one alone would wait for its loads.
       const int64_t left = (width_ - d) / Vec::width, now = left == kMaxVecs + 1 ? 2 : std::min<int64_t>(left, kMaxVecs);
       with_vectors(now, [&]<int kColumns>() {
         constexpr int64_t lanes = kVecs * Vec::width;
-        for (int64_t key = seen.begin; key < seen.end; key += kRows) {
+        for (int64_t key = std::max(seen.begin, variable); key < seen.end; key += kRows) {
           float* to = grad + (key - origin) * width_ + d;
           multiply<A, kRows, kColumns>(rows + (key - seen.begin) * lanes, lanes, A::pack, right + d * A::pack, width_ * A::pack,
                                        lanes / A::pack, [&](Vec(&tile)[kRows][kColumns]) __attribute__((always_inline)) {
@@ -323,12 +288,12 @@ class BackwardTask {
     }
   }
 
-  void write_rows(const float* grad, E* to, Range keys, bool gradients, float scale) {
+  void write_rows(const float* grad, E* to, Range keys, float scale) {
     const Vec factor(scale);
     for (int64_t key = keys.begin; key < keys.end; ++key, grad += width_) {
       E* row = to + ((sequence_.first_key + key) * p_.kv_heads + task_.head) * p_.head_dim;
       for_each_vector(p_.head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) {
-        store(row + d, gradients ? load(grad + d, extent) * factor : Vec(), extent);
+        store(row + d, key < sequence_.constant_keys ? Vec() : load(grad + d, extent) * factor, extent);
       });
     }
   }
@@ -338,7 +303,11 @@ class BackwardTask {
     constexpr int64_t lanes = kVecs * Vec::width;
     const float* grad_q = b_.block(head * blocks_ + block).grad_q;
     const int64_t at = out_offset(head, block), stride = p_.heads * p_.head_dim;
-    std::fill_n(b_.factors, lanes, p_.scale);
+    // The rounding of lse scales all probabilities of a query alike, by up to 1 +- 2e-7. In float32 that would be its largest error;
+    // their sum tells how much it was.
+    const float* total = b_.block(head * blocks_ + block).total;
+    const bool known = A::pack == 1 && task_.part < 0;
+    for (int64_t lane = 0; lane < lanes; ++lane) b_.factors[lane] = known && total[lane] > 0.0f ? p_.scale / total[lane] : p_.scale;
     if (task_.part >= 0) {
       store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, job_.grad_q_parts + task_.part * job_.part_stride + at, stride);
     } else {

@@ -146,7 +146,7 @@ class ForwardTask {
           }
         }
       };
-      multiply<A, kRows, kVecs>(keys_.row(key - origin), keys_.stride(key - origin), A::pack, q, lanes * A::pack, steps_, keep);
+      multiply_rows<A, kRows, kVecs>(keys_.row(key - origin), keys_.stride(key - origin), q, lanes * A::pack, steps_, to, keep);
       if (!final) adjust<kVecs>(to, key, query, masked, maximum);
     }
   }
@@ -161,7 +161,7 @@ class ForwardTask {
           Vec slope;
           s = capped(s, scaling_.softcap, slope);
         }
-        if (masked) s = s + mask_.bias(key + r, query + v * Vec::width);
+        if (masked) s = mask_.hide(s, key + r, query + v * Vec::width);
         store(scores, s, Full{});
         maximum[v] = max(maximum[v], s);
       }
@@ -171,35 +171,38 @@ class ForwardTask {
   template <int kVecs>
   DK_INLINE void exponentiate(int64_t block, int64_t rows, Vec (&maximum)[kVecs]) {
     constexpr int64_t lanes = kVecs * Vec::width;
-    const Vec to_log2(scaling_.to_log2);
-    Vec shift[kVecs], sum[kVecs];
+    Vec shift[kVecs];
+    Vec sum[2][kVecs];  // of this block of keys alone, and in two parts: a single chain over all keys would lose digits
     for (int v = 0; v < kVecs; ++v) {
       float* kept_maximum = b_.maximum + block * kQueries + v * Vec::width;
-      const Vec before = load(kept_maximum, Full{});
+      const Vec factor = scaling_.template relative_to_maximum<Float32Arithmetic>(
+          load(kept_maximum, Full{}), scaling_.template shift_of<Float32Arithmetic>(maximum[v]));
       store(kept_maximum, maximum[v], Full{});
-      const Vec factor = exp2<Float32Arithmetic>((before - maximum[v]) * to_log2);
       store(b_.factors + v * Vec::width, factor, Full{});
-      sum[v] = load(b_.sum + block * kQueries + v * Vec::width, Full{}) * factor;
-      shift[v] = scaling_.template shifted<A>(maximum[v]);
+      shift[v] = scaling_.template shift_of<A>(maximum[v]);
     }
     float* scores = b_.scores;
     [[maybe_unused]] Stored* to = b_.probabilities;
-    for (int64_t r = 0; r < rows; r += A::pack, scores += A::pack * lanes, to += A::pack * lanes) {
+    for (int64_t r = 0; r < rows; r += 2, scores += 2 * lanes, to += 2 * lanes) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         float* at = scores + v * Vec::width;
-        const Vec first = scaling_.template relative_to_maximum<A>(load(at, Full{}), shift[v], to_log2);
-        sum[v] = sum[v] + first;
+        const Vec first = scaling_.template relative_to_maximum<A>(load(at, Full{}), shift[v]);
+        const Vec second = scaling_.template relative_to_maximum<A>(load(at + lanes, Full{}), shift[v]);
+        sum[0][v] = sum[0][v] + first;
+        sum[1][v] = sum[1][v] + second;
         if constexpr (A::pack == 1) {
           store(at, first, Full{});
+          store(at + lanes, second, Full{});
         } else {
-          const Vec second = scaling_.template relative_to_maximum<A>(load(at + lanes, Full{}), shift[v], to_log2);
-          sum[v] = sum[v] + second;
           store_interleaved(to + v * Vec::width * A::pack, first, second);
         }
       }
     }
-    for (int v = 0; v < kVecs; ++v) store(b_.sum + block * kQueries + v * Vec::width, sum[v], Full{});
+    for (int v = 0; v < kVecs; ++v) {
+      float* total = b_.sum + block * kQueries + v * Vec::width;
+      store(total, fma(load(total, Full{}), load(b_.factors + v * Vec::width, Full{}), sum[0][v] + sum[1][v]), Full{});
+    }
   }
 
   static DK_INLINE void store_interleaved([[maybe_unused]] Stored* to, [[maybe_unused]] Vec first, [[maybe_unused]] Vec second) {

@@ -25,8 +25,7 @@ struct Float32Arithmetic {
   static DK_INLINE Operand load(const Stored* p) { return ::dreamkernels::DK_ISA::load(p, Full{}); }
   static DK_INLINE Operand broadcast(const Stored* p) { return Vec(*p); }
   static DK_INLINE Vec dot(Operand a, Operand b, Vec c) { return fma(a, b, c); }
-  // Rows r, r+1 ... of a probability tile, in the two forms in which products read them: `lanes` (summed over rows) and
-  // `rows` (summed over lanes). In float32 they are the same.
+  // Products read a tile of probabilities in two forms, summed over its rows and summed over its lanes. In float32 they are one.
   static constexpr bool same_forms = true;
 };
 
@@ -74,6 +73,38 @@ DK_INLINE void multiply(const typename A::Stored* a, int64_t a_row, int64_t a_st
   finish(tile);
 }
 
+// The same with rows of a whose lanes are neighbours (a_step = pack). Float32 sums up kChain products at a time, as libraries that
+// spread a sum over the lanes do: one long chain would lose digits beside them. `partial` holds a tile.
+constexpr int64_t kChain = DK_VEC_LEVEL == 0 ? 8 : 32;  // the plain level rounds products, too
+
+template <class A, int kTileRows, int kVecs, class F>
+DK_INLINE void multiply_rows(const typename A::Stored* a, int64_t a_row, const typename A::Stored* b, int64_t b_step, int64_t steps,
+                             [[maybe_unused]] float* partial, F&& finish) {
+  if constexpr (A::pack == 2) {
+    multiply<A, kTileRows, kVecs>(a, a_row, A::pack, b, b_step, steps, finish);
+  } else {
+    for (int64_t done = 0; done < steps; done += kChain) {
+      const bool last = done + kChain >= steps;
+      const auto add_up = [&](Vec(&tile)[kTileRows][kVecs]) __attribute__((always_inline)) {
+        if (done > 0) {
+#pragma GCC unroll 16
+          for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) tile[r][v] = tile[r][v] + load(partial + (r * kVecs + v) * Vec::width, Full{});
+          }
+        }
+        if (last) return finish(tile);
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) store(partial + (r * kVecs + v) * Vec::width, tile[r][v], Full{});
+        }
+      };
+      multiply<A, kTileRows, kVecs>(a + done, a_row, A::pack, b + done * b_step, b_step, last ? steps - done : kChain, add_up);
+    }
+  }
+}
+
 // Calls f.template operator()<n>() for n = vectors, at most kMaxVecs.
 template <class F>
 DK_INLINE void with_vectors(int64_t vectors, F&& f) {
@@ -84,27 +115,16 @@ DK_INLINE void with_vectors(int64_t vectors, F&& f) {
   return f.template operator()<2>();
 }
 
-// 2^v for v <= 100: relative error 2e-9 before rounding in float32; 3e-6 where the result is rounded to bfloat16. Far below zero: 0.
-template <class A>
-DK_INLINE Vec exp2(Vec v) {
+// 2^v for v <= 100, to be rounded to bfloat16: relative error 3e-6. Far below zero: 0.
+DK_INLINE Vec coarse_exp2(Vec v) {
   v = max(Vec(-200.0f), v);
   const Vec n = round_to_integer(v);
   const Vec r = v - n;
-  if constexpr (A::pack == 2) {
-    Vec p(0.009570101878f);
-    p = fma(p, r, Vec(0.05591786178f));
-    p = fma(p, r, Vec(0.2402474484f));
-    p = fma(p, r, Vec(0.6931218146f));
-    return times_power_of_two(fma(p, r, Vec(0.9999992614f)), n);
-  } else {
-    Vec p(0.0001534581198f);
-    p = fma(p, r, Vec(0.001339993139f));
-    p = fma(p, r, Vec(0.009618488959f));
-    p = fma(p, r, Vec(0.05550328777f));
-    p = fma(p, r, Vec(0.2402264689f));
-    p = fma(p, r, Vec(0.6931472057f));
-    return times_power_of_two(fma(p, r, Vec(1.0f)), n);
-  }
+  Vec p(0.009570101878f);
+  p = fma(p, r, Vec(0.05591786178f));
+  p = fma(p, r, Vec(0.2402474484f));
+  p = fma(p, r, Vec(0.6931218146f));
+  return times_power_of_two(fma(p, r, Vec(0.9999992614f)), n);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
