@@ -164,8 +164,9 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   Forward job{problem_of(q, k, v, sequences, causal, scale, window, softcap), nullptr, nullptr};
   const int64_t dims = q.dim();
   Tensor out = new_like(q);
-  Tensor lse = new_row_major(q, dims == 3 ? std::vector<int64_t>{q.size(1), q.size(0)} : std::vector<int64_t>{q.size(0), q.size(2), q.size(1)},
-                             ScalarType::Float);
+  const std::vector<int64_t> lse_shape =
+      dims == 3 ? std::vector{q.size(1), q.size(0)} : std::vector{q.size(0), q.size(2), q.size(1)};
+  Tensor lse = new_row_major(q, lse_shape, ScalarType::Float);
   if (q.numel() == 0) return {out, lse};
   job.out = out.data_ptr();
   job.lse = static_cast<float*>(lse.data_ptr());

@@ -309,7 +309,8 @@ class BackwardTask {
     const bool known = A::pack == 1 && task_.part < 0;
     for (int64_t lane = 0; lane < lanes; ++lane) b_.factors[lane] = known && total[lane] > 0.0f ? p_.scale / total[lane] : p_.scale;
     if (task_.part >= 0) {
-      store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, job_.grad_q_parts + task_.part * job_.part_stride + at, stride);
+      float* part = job_.grad_q_parts + task_.part * job_.part_stride;
+      store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, part + at, stride);
     } else {
       store_transposed(grad_q, lanes, b_.factors, queries(block), p_.head_dim, static_cast<E*>(job_.grad_q) + at, stride);
     }

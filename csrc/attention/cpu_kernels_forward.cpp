@@ -92,7 +92,8 @@ class ForwardTask {
   template <int kVecs>
   void begin_block(int64_t block) {
     constexpr int64_t lanes = kVecs * Vec::width;
-    const E* q = static_cast<const E*>(p_.q.data) + sequence_.q + task_.head * p_.q.head_stride + first_query(block) * p_.q.token_stride;
+    const E* q = static_cast<const E*>(p_.q.data) + sequence_.q + task_.head * p_.q.head_stride +
+                 first_query(block) * p_.q.token_stride;
     pack_transposed<A>(q, p_.q.token_stride, queries(block), p_.head_dim, b_.queries + block * b_.query_size, lanes);
     std::fill_n(b_.out + block * b_.out_size, depth_ * lanes, 0.0f);
     std::fill_n(b_.maximum + block * kQueries, lanes, kLeastScore);
@@ -221,7 +222,8 @@ class ForwardTask {
     for (int64_t d = 0; d < depth_; d += kRows) {
       float* out = b_.out + block * b_.out_size + d * lanes;
       multiply<A, kRows, kVecs>(
-          values + d * A::pack, A::pack, value_stride_, b_.probabilities, lanes * A::pack, steps, [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
+          values + d * A::pack, A::pack, value_stride_, b_.probabilities, lanes * A::pack, steps,
+          [&](Vec(&tile)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8

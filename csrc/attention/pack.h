@@ -148,7 +148,9 @@ class LeftRows {
       if (head_dim % 2) to[head_dim] = Stored{0};
       std::memcpy(to, from, head_dim * sizeof(E));
     } else {
-      for_each_vector(head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) { store(to + d, load(from + d, extent), extent); });
+      for_each_vector(head_dim, [&](int64_t d, auto extent) __attribute__((always_inline)) {
+        store(to + d, load(from + d, extent), extent);
+      });
     }
   }
   const Stored* rows_ = nullptr;
