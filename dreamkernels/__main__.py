@@ -30,12 +30,12 @@ def _report(arguments: argparse.Namespace) -> int:
     import triton
 
     from dreamkernels import report
-    from dreamkernels.report.text import as_table
+    from dreamkernels.report.text import as_prediction, as_table
 
     failed = False
     reports = {}
     for architecture in [arguments.arch] if arguments.arch else ARCHITECTURES:
-        rows = report.report_kernels(architecture, _progress(architecture))
+        rows = report.report_kernels(architecture, _progress(architecture), arguments.predict)
         if arguments.save_baseline:
             path = report.save_baseline(
                 architecture, rows, {"triton": triton.__version__, **information.nvcc_version()}
@@ -46,6 +46,8 @@ def _report(arguments: argparse.Namespace) -> int:
         reports[architecture] = [dataclasses.asdict(row) for row in rows]
         if not arguments.json:
             print(as_table(architecture, rows, problems))
+            if arguments.predict:
+                print(as_prediction(architecture, rows))
         failed = failed or bool(problems)
     if arguments.json:
         print(json.dumps(reports, indent=2))
@@ -65,6 +67,12 @@ def main() -> int:
     report.add_argument("--json", action="store_true", help="machine-readable")
     report.add_argument(
         "--save-baseline", action="store_true", help="record the result as what later ones are compared with"
+    )
+    report.add_argument(
+        "--predict",
+        action="store_true",
+        help="also replay the main loops of tensor-core kernels in a model of the multiprocessor, which was never "
+        "validated on a GPU, and print the order it expects",
     )
     report.set_defaults(run=_report)
     arguments = parser.parse_args()

@@ -28,13 +28,25 @@ class ShippedKernel:
     constants: dict[str, Any]
     num_warps: int
     divisible_by_16: tuple[str, ...]  # integer arguments that are multiples of 16 at this width; pointers always are
+    num_stages: int | None = None  # of the software pipeline; None: Triton's default, where no loop loads ahead
 
     @property
     def name(self) -> str:
-        constants = " ".join(f"{key.lower()}={int(value)}" for key, value in self.constants.items())
+        constants = " ".join(f"{key.lower()}={_plain(value)}" for key, value in self.constants.items())
         kernel = self.kernel.__name__.removesuffix("_kernel")
         rows = f"{TRITON_DTYPES[self.dtype]} width<={self.width}"
-        return f"{self.operator}.{kernel} {rows} {constants} warps={self.num_warps}"
+        stages = f" stages={self.num_stages}" if self.num_stages else ""
+        return f"{self.operator}.{kernel} {rows} {constants} warps={self.num_warps}{stages}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch passes beside the arguments."""
+        stages = {"num_stages": self.num_stages} if self.num_stages else {}
+        return {"num_warps": self.num_warps, **stages, **LAUNCH_OPTIONS}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else str(int(value))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ def save_baseline(architecture: str, rows: Iterable[KernelReport], versions: dic
             "blocks_per_sm": row.blocks_per_sm,
             "instructions": row.instructions,
             "global_accesses": row.global_accesses,
+            **({"tensor_core": row.tensor_core} if row.tensor_core else {}),
         }
         for row in rows
     }
@@ -63,4 +64,10 @@ def compare_with_baseline(row: KernelReport, baseline: dict[str, dict[str, objec
     lost = [
         kind for kind in ("load 16 B", "store 16 B") if widths.get(kind, 0) and not row.global_accesses.get(kind, 0)
     ]
-    return [*problems, *(f"{name} lost its {kind} accesses: {row.global_accesses}" for kind in lost)]
+    problems += [f"{name} lost its {kind} accesses: {row.global_accesses}" for kind in lost]
+    products = recorded.get("tensor_core", {})
+    assert isinstance(products, dict)
+    problems += [
+        f"{name} lost its {kind} instructions: {row.tensor_core}" for kind in products if kind not in row.tensor_core
+    ]
+    return problems

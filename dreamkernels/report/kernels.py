@@ -13,9 +13,11 @@ from typing import Any
 
 from dreamkernels import libraries
 from dreamkernels.devices import load_device
-from dreamkernels.ops.launch import LAUNCH_OPTIONS, ShippedKernel
+from dreamkernels.ops.launch import ShippedKernel
 from dreamkernels.ops.operator import OPERATORS
+from dreamkernels.report import scoreboard
 from dreamkernels.report.machine_code import FunctionCode, read_cubin, read_shared_library
+from dreamkernels.report.scoreboard import Prediction
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class KernelReport:
     limited_by: str
     instructions: int
     global_accesses: dict[str, int]
+    tensor_core: dict[str, int]
+    prediction: Prediction | None = None
 
 
 def occupancy(architecture: str, registers: int, shared_bytes: int, warps: int) -> tuple[int, float, str]:
@@ -72,11 +76,17 @@ def compile_triton(shipped: ShippedKernel, architecture: str) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options={"num_warps": shipped.num_warps, **LAUNCH_OPTIONS})
+    return triton.compile(source, target=target, options=shipped.options)
 
 
 def _report(
-    name: str, source: str, architecture: str, code: FunctionCode, shared_bytes: int, warps: int
+    name: str,
+    source: str,
+    architecture: str,
+    code: FunctionCode,
+    shared_bytes: int,
+    warps: int,
+    prediction: Prediction | None = None,
 ) -> KernelReport:
     blocks, share, limited_by = occupancy(architecture, code.registers, shared_bytes, warps)
     return KernelReport(
@@ -93,6 +103,8 @@ def _report(
         limited_by=limited_by,
         instructions=code.instructions,
         global_accesses=code.global_accesses,
+        tensor_core=code.tensor_core,
+        prediction=prediction,
     )
 
 
@@ -102,10 +114,15 @@ def shipped_kernels(architecture: str) -> Iterator[ShippedKernel]:
         yield from importlib.import_module(module).shipped_kernels(architecture)
 
 
-def report_triton_kernel(shipped: ShippedKernel, architecture: str) -> KernelReport:
+def report_triton_kernel(shipped: ShippedKernel, architecture: str, predict: bool = False) -> KernelReport:
     compiled = compile_triton(shipped, architecture)
     (code,) = read_cubin(compiled.asm["cubin"])
-    return _report(shipped.name, "triton", architecture, code, compiled.metadata.shared, shipped.num_warps)
+    shared_bytes, warps = compiled.metadata.shared, shipped.num_warps
+    prediction = None
+    if predict:
+        blocks = occupancy(architecture, code.registers, shared_bytes, warps)[0]
+        prediction = scoreboard.predict(code.listing, architecture, warps, blocks)
+    return _report(shipped.name, "triton", architecture, code, shared_bytes, warps, prediction)
 
 
 def readable(mangled: str) -> str:
@@ -128,9 +145,11 @@ def report_cuda_kernels(path: Path, architecture: str) -> list[KernelReport]:
 
 
 def report_kernels(
-    architecture: str, progress: Callable[[int, int], None] = lambda done, total: None
+    architecture: str, progress: Callable[[int, int], None] = lambda done, total: None, predict: bool = False
 ) -> list[KernelReport]:
     """Reports every Triton kernel, and every CUDA C++ kernel when that library is loaded, for "sm_80" or "sm_90".
+
+    With `predict`, Triton kernels that use tensor cores also carry the unvalidated model's prediction (scoreboard.py).
 
     Raises RuntimeError under TRITON_INTERPRET=1, where nothing is compiled.
     """
@@ -140,7 +159,7 @@ def report_kernels(
     rows = []
     for done, shipped in enumerate(todo):
         progress(done, len(todo))
-        rows.append(report_triton_kernel(shipped, architecture))
+        rows.append(report_triton_kernel(shipped, architecture, predict))
     progress(len(todo), len(todo))
     cuda = libraries.LOADED["_cuda"]
     return rows + (report_cuda_kernels(cuda.path, architecture) if cuda.path else [])

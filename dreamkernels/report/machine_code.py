@@ -16,6 +16,7 @@ _RESOURCE = re.compile(r"Function (\S+):\s*\n\s*(.*)")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 _INFORMATION_SECTION = re.compile(r"\.nv\.info\.(\S+)")
+_TENSOR_CORE = ("HMMA", "HGMMA")
 _GLOBAL_ACCESS = re.compile(r"^(LDG|LDGSTS|STG)\.")
 
 
@@ -31,6 +32,10 @@ class FunctionCode:
     instructions: int
     max_threads: int  # __launch_bounds__ or Triton's num_warps * 32; 0 where the code does not say
     global_accesses: dict[str, int]  # such as {"load 16 B": 4, "store 16 B": 2}: instructions by bytes per thread
+    # Tensor-core instructions by kind: HMMA (sm_80) works on one warp's registers, HGMMA (sm_90) on shared memory for
+    # four warps at once.
+    tensor_core: dict[str, int]
+    listing: str  # of the whole cubin, with the encodings
 
 
 def _run(tool: str, *arguments: str, cwd: Path | None = None) -> str:
@@ -80,7 +85,7 @@ def read_cubin(cubin: bytes) -> list[FunctionCode]:
             name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
             for name, text in _RESOURCE.findall(_run("cuobjdump", "--dump-resource-usage", file.name))
         }
-        listing = _run("nvdisasm", "-c", file.name)
+        listing = _run("nvdisasm", "-c", "-hex", file.name)
         threads = _max_threads(_run("cuobjdump", "-elf", file.name))
     opcodes: dict[str, list[str]] = {}
     current: list[str] = []
@@ -93,6 +98,7 @@ def read_cubin(cubin: bytes) -> list[FunctionCode]:
     for name, usage in resources.items():
         code = opcodes.get(name, [])
         accesses = Counter(filter(None, map(_access, code)))
+        products = Counter(kind for kind in (opcode.partition(".")[0] for opcode in code) if kind in _TENSOR_CORE)
         functions.append(
             FunctionCode(
                 name=name,
@@ -103,6 +109,8 @@ def read_cubin(cubin: bytes) -> list[FunctionCode]:
                 instructions=len(code),
                 max_threads=threads.get(name, 0),
                 global_accesses=dict(sorted(accesses.items())),
+                tensor_core=dict(sorted(products.items())),
+                listing=listing,
             )
         )
     return functions

@@ -35,7 +35,7 @@ def assert_close_to_float64(
     actual, eager, exact = [], [], []
     for _ in range(trials):
         arguments = make_inputs()
-        outputs, found, gradients = _differentiated(function, arguments, None)
+        outputs, found, gradients = differentiated(function, arguments, None)
         actual.append([*outputs, *found])
         eager.append(_results(reference, arguments, gradients))
         exact.append(_results(reference, in_float64(arguments), gradients))
@@ -45,11 +45,12 @@ def assert_close_to_float64(
         assert_within_eager_error(*stacked, what=name)
 
 
-def _differentiated(
+def differentiated(
     function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     arguments: Sequence[torch.Tensor],
     gradients: list[torch.Tensor] | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs, gradients of the arguments that require one, and the gradients given at the outputs (None: random)."""
     result = function(*arguments)
     outputs = [result] if isinstance(result, torch.Tensor) else list(result)
     if gradients is None:
@@ -64,5 +65,5 @@ def _results(
     arguments: Sequence[torch.Tensor],
     gradients: list[torch.Tensor],
 ) -> list[torch.Tensor]:
-    outputs, found, _ = _differentiated(function, arguments, gradients)
+    outputs, found, _ = differentiated(function, arguments, gradients)
     return [*outputs, *found]

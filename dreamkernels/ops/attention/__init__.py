@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 
 from dreamkernels.ops.attention import external, reference
-from dreamkernels.ops.attention.choice import Request, choose, explanation_of
+from dreamkernels.ops.attention.choice import Request, choose, explanation_of, rounded_head_dim
 from dreamkernels.ops.explanation import Explanation
 from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, define, overload_for
 
@@ -188,14 +188,15 @@ def _checked(
         )
     else:
         sequences = q.shape[0]
-    head_dim = int(q.shape[-1])
+    head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     _check_options(scale, window, softcap)
     prefix = _prefix(constant_kv_prefix, sequences, q)
     request = Request(
         device_type=q.device.type,
         dtype=q.dtype,
-        head_dim=head_dim,
+        head_dim=rounded_head_dim(head_dim),
+        alignment=8 if head_dim % 8 == 0 else 1,
         packed=packed,
         window=window is not None,
         softcap=softcap is not None,
@@ -300,7 +301,7 @@ def attention(
 
     Returns:
         out: contiguous, shape and dtype of q. With return_lse also lse, float32, [H, T_q] packed or [B, H, T_q].
-        Results and gradients are bitwise reproducible with "cpu", "triton" and "reference".
+        Results and gradients of "cpu", "triton" and "reference" repeat bit for bit; no faster variant gives that up.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit, or the implementation cannot run this call.
@@ -321,7 +322,7 @@ def attention(
         return_lse,
         implementation,
     )
-    chosen = choose(implementation, call.request)
+    chosen = choose(implementation, *call.request)
     if chosen == "sdpa":
         return external.sdpa(q, k, v, call.prefix, causal, call.scale, call.window)
     lengths = (max_seqlen_q or 0, max_seqlen_k or 0)

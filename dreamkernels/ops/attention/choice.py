@@ -11,15 +11,18 @@ from dreamkernels.ops import operator
 from dreamkernels.ops.attention import external
 from dreamkernels.ops.explanation import Explanation
 
-MAX_TRITON_HEAD_DIM = 256
+HEAD_DIMS = (32, 64, 96, 128, 256)
+WIDER = 1 << 20
+MAX_TRITON_HEAD_DIM = 128  # wider tiles do not fit the registers of both architectures
 
 
 class Request(NamedTuple):
-    """What the choice depends on."""
+    """What the choice depends on. Constants all, also where torch.compile traces with dynamic shapes."""
 
     device_type: str
     dtype: torch.dtype
-    head_dim: int
+    head_dim: int  # rounded up to one of HEAD_DIMS, or WIDER
+    alignment: int  # 8 where the head width is a multiple of 8, else 1
     packed: bool
     window: bool
     softcap: bool
@@ -27,12 +30,19 @@ class Request(NamedTuple):
     return_lse: bool
 
 
+def rounded_head_dim(head_dim: int) -> int:
+    for width in HEAD_DIMS:
+        if head_dim <= width:
+            return width
+    return WIDER
+
+
 def unable(implementation: str, request: Request) -> str:
     """Why an implementation cannot run this call, or ""."""
     if reason := operator.OPERATORS["attention"].unavailable(implementation, request.device_type):
         return reason
     if implementation == "triton" and request.head_dim > MAX_TRITON_HEAD_DIM:
-        return f"its heads are at most {MAX_TRITON_HEAD_DIM} wide, not {request.head_dim}"
+        return f"its heads are at most {MAX_TRITON_HEAD_DIM} wide"
     return external.LIMITS[implementation](request) if implementation in external.LIMITS else ""
 
 
@@ -44,15 +54,18 @@ def order_for(request: Request) -> tuple[tuple[str, ...], str]:
     return order_of_choice("attention", device, request.head_dim)
 
 
-_choices: dict[tuple[str, Request], str] = {}
+_choices: dict[tuple[object, ...], str] = {}
 
 
-def choose(implementation: str, request: Request) -> str:
-    """The implementation that runs a call. Raises ValueError when an explicitly named one cannot."""
-    key = (implementation, request)
+def choose(implementation: str, *request: object) -> str:
+    """The implementation that runs a call. Raises ValueError when an explicitly named one cannot.
+
+    The fields of the request are arguments of their own because torch.compile takes no named tuple for a constant.
+    """
+    key = (implementation, *request)
     chosen = _choices.get(key)
     if chosen is None:
-        chosen = _choices[key] = _choose(implementation, request)
+        chosen = _choices[key] = _choose(implementation, Request(*request))  # type: ignore[arg-type]
     return chosen
 
 
@@ -79,7 +92,7 @@ def _choose(implementation: str, request: Request) -> str:
 
 def explanation_of(implementation: str, request: Request) -> Explanation:
     """What `choose` answers, and why not the others."""
-    chosen = choose(implementation, request)
+    chosen = choose(implementation, *request)
     order, provenance = order_for(request)
     if implementation != "auto":
         reason = "it was asked for"

@@ -39,8 +39,8 @@ def _limits_of_sdpa(request: Any) -> str:
 def _limits_of_flash_attn(request: Any) -> str:
     if request.dtype not in _FLASH_ATTN_DTYPES:
         return f"it takes float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}"
-    if request.head_dim > 256 or request.head_dim % 8:
-        return f"it takes heads of a width that is a multiple of 8 up to 256, not {request.head_dim}"
+    if request.head_dim > 256 or request.alignment != 8:
+        return "it takes heads whose width is a multiple of 8 up to 256"
     if request.constant_kv_prefix:
         return "it has no constant_kv_prefix"
     return "its lse has no gradient" if request.return_lse else ""
