@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import dreamkernels
@@ -96,8 +96,10 @@ def problems(draw):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+@settings(
+    max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(several=st.lists(problems(), min_size=25, max_size=25))
 def test_random_problems_are_as_exact_as_eager(dtype, several):
     torch.manual_seed(0)

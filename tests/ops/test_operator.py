@@ -22,7 +22,7 @@ def test_every_declared_operator_has_its_kernels():
     assert libraries.LOADED["_cpu"].loaded, libraries.LOADED["_cpu"].error
     for name, operator in operators.OPERATORS.items():
         for overload in operator.overloads:
-            if overload in ("default", "inference") and not name.startswith("attention"):  # its C++ lands separately
+            if overload in ("default", "inference"):
                 assert operators.has_kernel(operator.qualified(overload), "CPU"), f"{name}.{overload}"
             if overload != "cuda":
                 assert operators.has_kernel(operator.qualified(overload), "CUDA"), f"{name}.{overload}"
