@@ -10,6 +10,7 @@ from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
     append_kv,
     attention,
+    cross_conditioning,
     explain,
     geglu,
     linear_cross_entropy,
@@ -33,6 +34,7 @@ __all__ = [
     "append_kv",
     "attention",
     "build_information",
+    "cross_conditioning",
     "explain",
     "geglu",
     "linear_cross_entropy",

@@ -2,6 +2,7 @@
 
 from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
+from dreamkernels.ops.cross_conditioning import cross_conditioning
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -13,6 +14,7 @@ from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 __all__ = [
     "append_kv",
     "attention",
+    "cross_conditioning",
     "explain",
     "geglu",
     "linear_cross_entropy",

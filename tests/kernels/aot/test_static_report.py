@@ -38,7 +38,12 @@ def test_cuda_kernels_have_no_spills_and_are_no_worse_than_recorded(architecture
     if path is None:
         pytest.skip("the CUDA C++ library was not built (no nvcc)")
     rows = report_cuda_kernels(path, architecture)
-    assert {row.name.partition("<")[0] for row in rows} == {"append_kv", "rms_norm_forward", "splice_rows"}
+    assert {row.name.partition("<")[0] for row in rows} == {
+        "append_kv",
+        "cross_conditioning_forward",
+        "rms_norm_forward",
+        "splice_rows",
+    }
     baseline = load_baseline(architecture)
     assert [problem for row in rows for problem in compare_with_baseline(row, baseline)] == []
 
