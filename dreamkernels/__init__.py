@@ -6,6 +6,7 @@
 """
 
 from dreamkernels import libraries, ops
+from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
 from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
     append_kv,
@@ -28,12 +29,16 @@ from dreamkernels.version import __version__
 libraries.load()
 
 __all__ = [
+    "ConditionLayer",
+    "ConditionWeights",
+    "DreamCondition",
     "FallbackWarning",
     "MissingLibraryWarning",
     "__version__",
     "append_kv",
     "attention",
     "build_information",
+    "condition_kv",
     "cross_conditioning",
     "explain",
     "geglu",
