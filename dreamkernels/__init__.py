@@ -7,6 +7,7 @@
 
 from dreamkernels import libraries, ops
 from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
+from dreamkernels.folded_conditioning import FoldedCondition, fold_condition, folded_cross_conditioning
 from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
     append_kv,
@@ -18,6 +19,7 @@ from dreamkernels.ops import (
     rms_norm,
     rotary,
     rotary_tables,
+    softmax_groups_,
     splice_embeddings,
     swiglu,
     swiglu_packed,
@@ -33,6 +35,7 @@ __all__ = [
     "ConditionWeights",
     "DreamCondition",
     "FallbackWarning",
+    "FoldedCondition",
     "MissingLibraryWarning",
     "__version__",
     "append_kv",
@@ -41,6 +44,8 @@ __all__ = [
     "condition_kv",
     "cross_conditioning",
     "explain",
+    "fold_condition",
+    "folded_cross_conditioning",
     "geglu",
     "linear_cross_entropy",
     "ops",
@@ -48,6 +53,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "softmax_groups_",
     "splice_embeddings",
     "swiglu",
     "swiglu_packed",

@@ -8,6 +8,7 @@ from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
+from dreamkernels.ops.softmax_groups import softmax_groups_
 from dreamkernels.ops.splice_embeddings import splice_embeddings
 from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 
@@ -21,6 +22,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "softmax_groups_",
     "splice_embeddings",
     "swiglu",
     "swiglu_packed",
