@@ -7,7 +7,12 @@
 
 from dreamkernels import libraries, ops
 from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
-from dreamkernels.folded_conditioning import FoldedCondition, fold_condition, folded_cross_conditioning
+from dreamkernels.folded_conditioning import (
+    FoldedCondition,
+    fold_condition,
+    folded_cross_conditioning,
+    folding_pays,
+)
 from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
     append_kv,
@@ -46,6 +51,7 @@ __all__ = [
     "explain",
     "fold_condition",
     "folded_cross_conditioning",
+    "folding_pays",
     "geglu",
     "linear_cross_entropy",
     "ops",

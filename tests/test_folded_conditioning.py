@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dreamkernels import fold_condition, folded_cross_conditioning
+from dreamkernels import fold_condition, folded_cross_conditioning, folding_pays
 from dreamkernels.testing import assert_within_eager_error
 from tests.support.conditioning import LAYERS, attentions, random_condition
 
@@ -50,3 +50,11 @@ def test_what_the_folded_form_cannot_do_is_named():
         fold_condition(condition, 1, weight_q, weight_out)
     with pytest.raises(ValueError, match="output weight"):
         fold_condition(condition, 0, weight_q, weight_out[:, :5])
+
+
+def test_folding_is_chosen_for_the_layers_where_it_was_measured_to_be_faster():
+    assert folding_pays(320, 64, 64, positions=4096, steps=25)
+    assert folding_pays(640, 64, 64, positions=1024, steps=25)
+    assert not folding_pays(1280, 64, 64, positions=256, steps=25)
+    assert not folding_pays(320, 77, 64, positions=4096, steps=25)  # larger matrices than the unfolded ones
+    assert not folding_pays(640, 64, 64, positions=1024, steps=1)  # folding costs more than it saves
