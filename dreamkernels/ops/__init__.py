@@ -3,6 +3,7 @@
 from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.cross_conditioning import cross_conditioning
+from dreamkernels.ops.decode_attention import decode_attention
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "append_kv",
     "attention",
     "cross_conditioning",
+    "decode_attention",
     "explain",
     "geglu",
     "linear_cross_entropy",

@@ -17,8 +17,7 @@ namespace {  // of each library its own: inline variables would be shared by all
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kStaticSharedBytes = 48 * 1024;
-constexpr uint8_t kPoison = 0xff;  // NaN in float32, bfloat16 and float16
-constexpr uint8_t kPadding = 0xca;
+constexpr uint8_t kPoison = 0xff;  // NaN in float32, bfloat16 and float16: shared memory at the start, and what lies behind it
 
 struct Copy {
   char* shared;

@@ -89,9 +89,9 @@ void prepare_block(Block& block, dim3 id, dim3 grid, dim3 size, size_t dynamic_b
     block.fixed = std::make_unique<GuardedMemory>(kStaticSharedBytes);
   }
   block.dynamic_bytes = dynamic_bytes;
-  std::fill(block.dynamic->data(), block.dynamic->data() + dynamic_bytes, static_cast<char>(kPoison));
-  std::fill(block.dynamic->data() + dynamic_bytes, block.dynamic->end(), static_cast<char>(kPadding));
-  std::fill(block.fixed->data(), block.fixed->end(), static_cast<char>(kPadding));
+  for (const GuardedMemory* memory : {block.dynamic.get(), block.fixed.get()}) {
+    std::fill(memory->data(), memory->end(), static_cast<char>(kPoison));
+  }
   block.arrays.clear();
   block.fixed_used = block.at_barrier = block.exited = 0;
   for (size_t n = 0; n < block.threads.size(); ++n) {
@@ -115,7 +115,7 @@ void prepare_block(Block& block, dim3 id, dim3 grid, dim3 size, size_t dynamic_b
 
 void check_padding(const Block& block) {
   auto damaged = [](const char* from, const char* to) {
-    return std::any_of(from, to, [](char c) { return static_cast<uint8_t>(c) != kPadding; });
+    return std::any_of(from, to, [](char c) { return static_cast<uint8_t>(c) != kPoison; });
   };
   const char* dynamic_end = block.dynamic->data() + block.dynamic_bytes;
   if (damaged(dynamic_end, block.dynamic->end())) fail("a write past the end of dynamic shared memory" + where_block());
@@ -310,7 +310,6 @@ void* static_shared(const void* key, size_t bytes) {
     if (block.fixed_used + taken > kStaticSharedBytes) misuse("more than 48 KiB of static shared memory", {});
     entry->second = {block.fixed->data() + block.fixed_used, bytes};
     block.fixed_used += taken;
-    std::fill(entry->second.first, entry->second.first + bytes, static_cast<char>(kPoison));
   }
   return entry->second.first;
 }

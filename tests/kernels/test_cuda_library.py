@@ -21,7 +21,14 @@ def undefined_symbols(path) -> list[str]:
 @built
 def test_it_is_loaded_and_registers_its_operators():
     names = {name for name, operator in OPERATORS.items() if operator.cuda}
-    assert names == {"rms_norm", "add_rms_norm", "append_kv", "splice_embeddings"}
+    assert names == {
+        "rms_norm",
+        "add_rms_norm",
+        "append_kv",
+        "cross_conditioning",
+        "decode_attention",
+        "splice_embeddings",
+    }
     for name in names:
         assert has_kernel(f"dreamkernels::{name}.cuda", "CUDA")
 

@@ -40,7 +40,9 @@ def test_cuda_kernels_have_no_spills_and_are_no_worse_than_recorded(architecture
     rows = report_cuda_kernels(path, architecture)
     assert {row.name.partition("<")[0] for row in rows} == {
         "append_kv",
+        "combine_splits",
         "cross_conditioning_forward",
+        "decode_attention",
         "rms_norm_forward",
         "splice_rows",
     }
