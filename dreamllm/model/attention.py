@@ -1,17 +1,26 @@
-"""Causal attention over packed sequences for any decoder that uses transformers' attention interface."""
+"""Which attention the model's parts run, and the padded grid for a decoder that cannot run packed sequences."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
-ATTENTION_NAME = "dreamllm"
+from dreamkernels.integrations.transformers_attention import NAME as ATTENTION_NAME
+from dreamkernels.integrations.transformers_attention import register
+
+__all__ = ["ATTENTION_NAME", "PackedLayout", "use_dreamkernels_attention"]
+
+
+def use_dreamkernels_attention(model: PreTrainedModel) -> None:
+    """Makes a transformers model that would run torch's attention run dreamkernels.attention instead.
+
+    A model that was asked for another one, or that does not use transformers' attention interface, keeps its own.
+    """
+    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(register())
 
 
 @dataclass
@@ -52,36 +61,3 @@ class PackedLayout:
         """[S, L, ...] -> [T, ...]."""
         cells = grid.flatten(0, 1)
         return cells if self.from_grid is None else cells[self.from_grid]
-
-
-def packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    """Causal attention within each sequence. query [T, H, D], key and value [T, H_kv, D] -> [T, H, D].
-
-    Sequences are laid out as rows of a grid padded on the right; causality keeps the padding out of every real
-    position, so no mask is needed.
-    """
-    q_SHLD, k_SHLD, v_SHLD = (layout.gather(t).transpose(1, 2) for t in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    out_SHLD = F.scaled_dot_product_attention(q_SHLD, k_SHLD, v_SHLD, is_causal=True, scale=scale, enable_gqa=grouped)
-    return layout.scatter(out_SHLD.transpose(1, 2))
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packed_layout: PackedLayout | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """The attention that DreamLLM's decoder calls: packed when a `packed_layout` travels with the call, else SDPA."""
-    if packed_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    q_THD, k_THD, v_THD = (t[0].transpose(0, 1) for t in (query, key, value))
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    return packed_causal_attention(q_THD, k_THD, v_THD, packed_layout, scale)[None], None
-
-
-AttentionInterface.register(ATTENTION_NAME, attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

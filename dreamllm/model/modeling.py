@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from dreamkernels.integrations.diffusers_attention import use_attention
 from dreamkernels.integrations.transformers import Report, optimize
+from dreamkernels.integrations.transformers_attention import no_mask
 from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
-from dreamllm.model.attention import ATTENTION_NAME, PackedLayout
+from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
 from dreamllm.model.codec import build_codec, encode_pictures
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion
@@ -99,7 +101,9 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.schedule = NoiseSchedule(config.scheduler_config)
         self.layout = config.layout()
         self.post_init()
-        self._use_packed_attention()
+        use_dreamkernels_attention(self.language_model)
+        use_dreamkernels_attention(self.vision_model)
+        use_attention(self.unet)
         self.operators: Report | None = None
         self.use_fused_operators()
 
@@ -107,11 +111,6 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         # Everything else keeps its library's own initialisation (the projectors PyTorch's, as in the original).
         if module is self and not getattr(self.dream_queries, "_is_hf_initialized", False):
             nn.init.normal_(self.dream_queries, std=QUERY_INIT_STD)
-
-    def _use_packed_attention(self) -> None:
-        model = self.language_model
-        if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(ATTENTION_NAME)
 
     def use_fused_operators(self, enabled: bool = True) -> None:
         """Whether the language model runs dreamkernels' fused operators (the default) or transformers' own code.
@@ -224,18 +223,20 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         """Final states [T, H] of a packed batch; sequences do not see each other."""
         features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
         embeds_TH = self.embed(batch.input_ids, batch.splice_index, features)
-        layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
         if self.packs_attention:
-            one = embeds_TH.new_ones(1, 1, 1, 1)  # a 4-D mask tells transformers that ours is not to be built
             states = self.decoder(
                 inputs_embeds=embeds_TH[None],
-                attention_mask=one,
+                attention_mask=no_mask(embeds_TH),
                 position_ids=batch.position_ids[None],
                 use_cache=False,
-                packed_layout=layout,
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens,
+                max_length_q=batch.max_seqlen,
+                max_length_k=batch.max_seqlen,
             )
             return states.last_hidden_state[0]
         # Causality keeps the grid's padding out.
+        layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
         states = self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False)
         return layout.scatter(states.last_hidden_state)
 
