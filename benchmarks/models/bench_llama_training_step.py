@@ -48,7 +48,7 @@ def make_step(model: LlamaForCausalLM, device: str, compile: bool = False) -> Ca
 
 def optimised(device: str) -> LlamaForCausalLM:
     model = make_model(device)
-    optimize(model)
+    optimize(model, attention="dreamkernels")
     return model
 
 

@@ -26,7 +26,7 @@ except ImportError as error:
         "dreamkernels.integrations.transformers needs transformers 5: pip install 'dreamkernels[dreamllm]'"
     ) from error
 
-from dreamkernels.integrations import llama_layout
+from dreamkernels.integrations import llama_layout, transformers_attention
 from dreamkernels.integrations.causal_lm import causal_lm_forward, fused_loss_obstacle
 from dreamkernels.integrations.report import Report, patched_by_us
 from dreamkernels.ops.operator import FLOAT_DTYPES
@@ -122,8 +122,9 @@ def optimize(
             with `skip_logits=False` in the call, it computes them and the loss as before; `skip_logits=True` leaves
             them out in eval mode too. Where every label is ignored the loss is 0, not NaN. Worth most with large
             vocabularies.
-        attention: a name registered with transformers' `AttentionInterface`, set by `set_attn_implementation`; None
-            keeps the model's.
+        attention: a name known to transformers' `AttentionInterface`, set by `set_attn_implementation`; None keeps the
+            model's. "dreamkernels" is `dreamkernels.attention` (see `transformers_attention`: no attention weights can
+            be asked for, and padding runs torch's attention with a warning).
 
     Returns:
         A report of what was replaced and what was left and why, with `undo()`. It is a context manager.
@@ -233,6 +234,8 @@ def _set_attention(model: Any, name: str, report: Report) -> None:
         raise ValueError(
             f"attention={name!r} needs a transformers model, not {type(model).__name__}; optimise its parts"
         )
+    if name == transformers_attention.NAME:
+        transformers_attention.register()
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     report.on_undo(lambda: model.set_attn_implementation(before))

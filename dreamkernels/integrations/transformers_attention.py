@@ -143,7 +143,8 @@ def attention_forward(
         )
         return out[None], None
     if reason:
-        _warn_once(reason)
+        if not torch.compiler.is_compiling():
+            _warn_once(reason)
         return sdpa_attention_forward(
             module,
             query,

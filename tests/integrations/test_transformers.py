@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import pickle
+import warnings
 import subprocess
 import sys
 
@@ -241,6 +242,13 @@ def test_a_switched_off_operator_is_reported(option, module):
 def test_the_attention_can_be_chosen_by_name_and_is_restored():
     model, inputs = make("llama").eval(), batch()
     expected = logits(model, inputs)[0]
+    with optimize(model, attention="dreamkernels") as report:
+        assert report.replaced["attention"] == "dreamkernels instead of sdpa"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # without padding nothing falls back
+            ours = model(inputs["input_ids"]).logits
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(ours, model(inputs["input_ids"]).logits, rtol=1e-4, atol=1e-5)
     with optimize(model, attention="eager") as report:
         assert report.replaced["attention"] == "eager instead of sdpa"
         assert model(**inputs, output_attentions=True).attentions[0].shape == (4, 4, 24, 24)
