@@ -15,18 +15,22 @@ from dreamkernels.folded_conditioning import (
 )
 from dreamkernels.libraries import MissingLibraryWarning, build_information
 from dreamkernels.ops import (
+    StepSchedule,
+    UnsupportedScheduler,
     append_kv,
     attention,
     cross_conditioning,
     decode_attention,
     explain,
     geglu,
+    guided_step,
     linear_cross_entropy,
     rms_norm,
     rotary,
     rotary_tables,
     softmax_groups_,
     splice_embeddings,
+    step_schedule,
     swiglu,
     swiglu_packed,
 )
@@ -43,6 +47,8 @@ __all__ = [
     "FallbackWarning",
     "FoldedCondition",
     "MissingLibraryWarning",
+    "StepSchedule",
+    "UnsupportedScheduler",
     "__version__",
     "append_kv",
     "attention",
@@ -55,6 +61,7 @@ __all__ = [
     "folded_cross_conditioning",
     "folding_pays",
     "geglu",
+    "guided_step",
     "linear_cross_entropy",
     "ops",
     "pack_sequences",
@@ -63,6 +70,7 @@ __all__ = [
     "rotary_tables",
     "softmax_groups_",
     "splice_embeddings",
+    "step_schedule",
     "swiglu",
     "swiglu_packed",
 ]

@@ -6,6 +6,7 @@ from dreamkernels.ops.cross_conditioning import cross_conditioning
 from dreamkernels.ops.decode_attention import decode_attention
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
+from dreamkernels.ops.guided_step import StepSchedule, UnsupportedScheduler, guided_step, step_schedule
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
@@ -14,18 +15,22 @@ from dreamkernels.ops.splice_embeddings import splice_embeddings
 from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
+    "StepSchedule",
+    "UnsupportedScheduler",
     "append_kv",
     "attention",
     "cross_conditioning",
     "decode_attention",
     "explain",
     "geglu",
+    "guided_step",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "rotary_tables",
     "softmax_groups_",
     "splice_embeddings",
+    "step_schedule",
     "swiglu",
     "swiglu_packed",
 ]

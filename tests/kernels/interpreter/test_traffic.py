@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from dreamkernels import rms_norm, rotary, rotary_tables, splice_embeddings, swiglu
+from dreamkernels import (
+    guided_step,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    splice_embeddings,
+    swiglu,
+)
 from dreamkernels.ops.operator import OPERATORS
 from dreamkernels.testing.interpreter import install
 from dreamkernels.testing.traffic import count_traffic
+from tests.support import guided_step as step_support
 
 WIDTH = 300
 install()
@@ -80,3 +88,16 @@ def test_swiglu():
         grad_gate, grad_up = backward_of("swiglu")(gradient, gate, up)
     read = {"gate": gate, "up": up, "grad_y": gradient}
     assert_once(traffic, read, {"grad_gate": grad_gate, "grad_up": grad_up})
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+def test_guided_step(rescale):
+    schedule = step_support.random_schedule()
+    latents, prediction, noise, history = step_support.inputs((2, 3000), step_support.DTYPES[0])
+    with count_traffic() as traffic:
+        y, x0 = guided_step(latents, prediction, schedule, 1, 2.0, rescale, noise, history, "triton")
+    assert_once(traffic, {"latents": latents, "noise": noise, "history": history}, {"y": y, "x0": x0})
+    assert traffic.reads(prediction) == (2.0 if rescale else 1.0)  # the deviation has to be known before the update
+    with count_traffic() as traffic:
+        guided_step(latents, prediction, schedule, 0, 2.0, 0.0, noise, history, "triton")
+    assert traffic.reads(noise) == traffic.reads(history) == 0.0  # without weight at this step
