@@ -4,6 +4,7 @@ from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.cross_conditioning import cross_conditioning
 from dreamkernels.ops.decode_attention import decode_attention
+from dreamkernels.ops.diffusion_loss import add_noise, diffusion_loss
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.guided_step import StepSchedule, UnsupportedScheduler, guided_step, step_schedule
@@ -17,10 +18,12 @@ from dreamkernels.ops.swiglu import swiglu, swiglu_packed
 __all__ = [
     "StepSchedule",
     "UnsupportedScheduler",
+    "add_noise",
     "append_kv",
     "attention",
     "cross_conditioning",
     "decode_attention",
+    "diffusion_loss",
     "explain",
     "geglu",
     "guided_step",

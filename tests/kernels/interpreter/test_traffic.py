@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dreamkernels import (
+    add_noise,
+    diffusion_loss,
     guided_step,
     rms_norm,
     rotary,
@@ -14,6 +16,7 @@ from dreamkernels import (
 from dreamkernels.ops.operator import OPERATORS
 from dreamkernels.testing.interpreter import install
 from dreamkernels.testing.traffic import count_traffic
+from tests.support import diffusion_loss as loss_support
 from tests.support import guided_step as step_support
 
 WIDTH = 300
@@ -101,3 +104,29 @@ def test_guided_step(rescale):
     with count_traffic() as traffic:
         guided_step(latents, prediction, schedule, 0, 2.0, 0.0, noise, history, "triton")
     assert traffic.reads(noise) == traffic.reads(history) == 0.0  # without weight at this step
+
+
+@pytest.mark.parametrize("target", range(3), ids=loss_support.PREDICTION_TYPES)
+def test_diffusion_loss(target):
+    prediction, latents, noise, timesteps, table = loss_support.inputs((2, 3000), loss_support.DTYPES[0])
+    prediction = prediction.detach()
+    read = (
+        {"prediction": prediction} | ({"noise": noise} if target < 2 else {}) | ({"latents": latents} if target else {})
+    )
+    with count_traffic() as traffic:
+        diffusion_loss(
+            prediction, latents, noise, timesteps, table, loss_support.PREDICTION_TYPES[target], implementation="triton"
+        )
+    assert_once(traffic, read, {})
+    assert traffic.reads(latents) + traffic.reads(noise) == len(read) - 1
+    with count_traffic() as traffic:
+        arguments = (prediction, latents, noise, timesteps, table, target, None, True)
+        grad = backward_of("diffusion_loss")(torch.ones(()), *arguments)
+    assert_once(traffic, read, {"grad": grad})
+
+
+def test_add_noise():
+    _, latents, noise, timesteps, table = loss_support.inputs((2, 3000), loss_support.DTYPES[0])
+    with count_traffic() as traffic:
+        noisy = add_noise(latents, noise, timesteps, table, implementation="triton")
+    assert_once(traffic, {"latents": latents, "noise": noise}, {"noisy": noisy})
