@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+import dreamkernels
+from dreamkernels import add_noise
 from dreamllm.model.configuration import DreamLLMConfig
 
 
@@ -74,11 +75,6 @@ class NoiseSchedule:
             self._on[key] = self._alphas_cumprod.to(table_dtype).float().to(device)
         return self._on[key]
 
-    def coefficients(self, timesteps: Tensor, dims: int, table_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Signal and noise amplitudes sqrt(a_t), sqrt(1 - a_t), shaped [M, 1, ...] with `dims` dimensions."""
-        alphas = self.alphas_cumprod(timesteps.device, table_dtype)[timesteps].view(-1, *[1] * (dims - 1))
-        return alphas.sqrt(), (1 - alphas).sqrt()
-
 
 def _betas(config: dict[str, Any]) -> Tensor:
     steps = config.get("num_train_timesteps", 1000)
@@ -96,36 +92,43 @@ def _betas(config: dict[str, Any]) -> Tensor:
     raise ValueError(f"beta_schedule {schedule!r} is not supported (scaled_linear, linear, squaredcos_cap_v2)")
 
 
+def predict(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    """The UNet's prediction: the one call of it, in training and in drawing.
+
+    latents [M, C, h, w] of any dtype; timesteps int64, one or [M]; condition [M, Q, cross-attention width], or what a
+    UNet that prepares its conditions takes instead, which is handed on as it is. The result has the UNet's dtype.
+    """
+    if isinstance(condition, Tensor):
+        condition = condition.to(unet.dtype)
+    return unet(latents.to(unet.dtype), timesteps, condition).sample
+
+
 def diffusion_loss(
     config: DreamLLMConfig,
     schedule: NoiseSchedule,
     unet: UNet2DConditionModel,
     latents: Tensor,
-    condition: Tensor,
+    condition: Any,
     draws: DiffusionDraws,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction over all elements and pictures, a float32 scalar.
 
-    latents [M, C, h, w]; condition [M, Q, cross-attention width]. The gradient reaches `condition` through the UNet.
-    With `snr_gamma`, each picture's error is weighted by min(SNR, gamma) / SNR, for v-prediction by
-    min(SNR, gamma) / (SNR + 1) (Hang et al. 2023, section 3.4).
+    latents [M, C, h, w]; condition as for `predict`. The gradient reaches `condition` through the UNet. With
+    `snr_gamma`, each picture's error is weighted by min(SNR, gamma) / SNR, for v-prediction by min(SNR, gamma) /
+    (SNR + 1) (Hang et al. 2023, section 3.4).
     """
     latents = latents.float()
-    table_dtype = unet.dtype if config.compat == "original" else torch.float32
-    signal, sigma = schedule.coefficients(draws.timesteps, latents.ndim, table_dtype)
+    alphas = schedule.alphas_cumprod(latents.device, unet.dtype if config.compat == "original" else torch.float32)
     noise_in = draws.noise
     if draws.perturbation is not None:
         noise_in = noise_in + config.input_perturbation * draws.perturbation
-    noisy = signal * latents + sigma * noise_in
-    predicted = unet(noisy.to(unet.dtype), draws.timesteps, condition.to(unet.dtype)).sample.float()
-    velocity = schedule.prediction_type == "v_prediction"
-    target = signal * draws.noise - sigma * latents if velocity else draws.noise
-    if config.snr_gamma is None:
-        return F.mse_loss(predicted, target)
-    error = (predicted - target).square().flatten(1).mean(1)
-    snr = (signal / sigma).square().flatten()
-    if velocity and config.compat == "original":
-        snr = snr + 1  # the original adds one before clamping, which clamps earlier than the paper's formula
-        return (error * snr.clamp(max=config.snr_gamma) / snr).mean()
-    weight = snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
-    return (error * weight).mean()
+    noisy = add_noise(latents, noise_in, draws.timesteps, alphas, unet.dtype)
+    predicted = predict(unet, noisy, draws.timesteps, condition)
+    kind, gamma = schedule.prediction_type, config.snr_gamma
+    if gamma is None or kind == "epsilon" or config.compat != "original":
+        return dreamkernels.diffusion_loss(predicted, latents, draws.noise, draws.timesteps, alphas, kind, gamma)
+    # The original adds one to the ratio before clamping, which clamps earlier than the paper's formula.
+    error = dreamkernels.diffusion_loss(predicted, latents, draws.noise, draws.timesteps, alphas, kind, None, "none")
+    a = alphas[draws.timesteps]
+    snr = a / (1 - a) + 1
+    return (error * snr.clamp(max=gamma) / snr).mean()
