@@ -2,14 +2,16 @@
 
 from dreamllm.inference.assistant import Assistant, load
 from dreamllm.inference.dialogue import Dialogue
-from dreamllm.inference.drawing import DrawingOptions, draw, drawing_defaults
+from dreamllm.inference.drawing import DrawingOptions, drawing_defaults
 from dreamllm.inference.engine import Engine
 from dreamllm.inference.options import Answer, GenerationOptions
 from dreamllm.inference.page import document_page, write_page
+from dreamllm.inference.sampler import DenoisingGraphs, draw
 
 __all__ = [
     "Answer",
     "Assistant",
+    "DenoisingGraphs",
     "Dialogue",
     "DrawingOptions",
     "Engine",

@@ -1,4 +1,4 @@
-"""The one function through which every picture is created: conditions -> denoising -> pictures (spec A.7, F.2)."""
+"""How pictures are drawn: options, schedulers, seeds, and what becomes of the result (spec A.7, F.2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from dreamllm.model import DreamLLM
-from dreamllm.model.codec import decode_latents
 
 Scheduler = Literal["ddpm", "ddim", "dpm++"]
 Progress = Callable[[int, int], None]
@@ -79,90 +78,6 @@ class DrawingOptions:
         return self.guidance_scale > 1.0
 
 
-@torch.no_grad()
-def draw(
-    model: DreamLLM,
-    condition: Tensor,
-    null_condition: Tensor | None,
-    options: DrawingOptions,
-    seeds: Sequence[int],
-    init_latents: Tensor | None = None,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Draws M * candidates pictures from M conditions; the candidates of a condition are neighbours.
-
-    `condition` [M, Q, C] and `null_condition` [Q, C] (needed when the guidance is active) are states at the dream
-    queries after `project_condition`. `seeds` holds one seed per picture: it alone decides that picture's noise, so a
-    picture does not depend on what else is drawn. `init_latents` [M * candidates, c, h, w] replaces the first noise.
-    Returns float32 [M * candidates, channels, height, width] in [0, 1] on the model's device.
-
-    Raises `ValueError` for shapes that do not fit the model, a wrong number of seeds, a missing null condition, or a
-    size the model cannot draw.
-    """
-    latent_shape = _latent_shape(model, options)
-    expected = (model.config.num_dream_queries, model.config.condition_size)
-    if condition.ndim != 3 or tuple(condition.shape[1:]) != expected:
-        raise ValueError(f"condition must be [M, {expected[0]}, {expected[1]}], not {list(condition.shape)}")
-    count = condition.shape[0] * options.candidates
-    check_seeds(seeds, count, "picture")
-    if options.guided:
-        if null_condition is None:
-            raise ValueError(f"guidance_scale {options.guidance_scale} needs the null condition")
-        if tuple(null_condition.shape) != expected:
-            raise ValueError(f"null_condition must be {list(expected)}, not {list(null_condition.shape)}")
-    if init_latents is not None and tuple(init_latents.shape) != (count, *latent_shape):
-        raise ValueError(f"init_latents must be {[count, *latent_shape]}, not {list(init_latents.shape)}")
-    condition = condition.repeat_interleave(options.candidates, dim=0)
-    null_condition = null_condition if options.guided else None
-    batches = range(0, count, options.batch_size)
-    pictures = []
-    for number, start in enumerate(batches):
-        rows = slice(start, start + options.batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-        latents = _noise(latent_shape, generators) if init_latents is None else init_latents[rows]
-        tick = _shifted(progress, number, len(batches), options.steps)
-        latents = _denoise(model, latents, condition[rows], null_condition, options, generators, tick)
-        pictures.append(decode_latents(model.vae, latents))
-    if not pictures:
-        return torch.zeros(0, model.config.picture_channels, *_pixels(model, latent_shape), device=model.device)
-    return torch.cat(pictures)
-
-
-def _denoise(
-    model: DreamLLM,
-    latents: Tensor,
-    condition: Tensor,
-    null_condition: Tensor | None,
-    options: DrawingOptions,
-    generators: list[torch.Generator],
-    tick: Callable[[int], None],
-) -> Tensor:
-    scheduler = build_scheduler(model.config.scheduler_config, options)
-    context = condition.to(model.unet.dtype)
-    if null_condition is not None:
-        context = torch.cat([null_condition.to(context).expand_as(context), context])
-    extra: dict[str, Any] = {"eta": options.eta} if options.scheduler == "ddim" else {}
-    latents = latents.to(model.device, torch.float32) * scheduler.init_noise_sigma
-    for done, timestep in enumerate(scheduler.timesteps.to(model.device), start=1):
-        halves = latents if null_condition is None else torch.cat([latents, latents])
-        predicted = model.unet(halves.to(model.unet.dtype), timestep, context).sample.float()
-        if null_condition is not None:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = _guide(conditional, unconditional, options)
-        latents = scheduler.step(predicted, timestep, latents, generator=generators, **extra).prev_sample
-        tick(done)
-    return latents
-
-
-def _guide(conditional: Tensor, unconditional: Tensor, options: DrawingOptions) -> Tensor:
-    guided = unconditional + options.guidance_scale * (conditional - unconditional)
-    if not options.guidance_rescale:
-        return guided
-    dims = tuple(range(1, guided.ndim))
-    ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
-    return guided * (options.guidance_rescale * ratio + 1.0 - options.guidance_rescale)
-
-
 def build_scheduler(scheduler_config: dict[str, Any], options: DrawingOptions) -> Any:
     """The diffusers scheduler of `options` on the model's noise schedule, with its time steps set.
 
@@ -171,10 +86,15 @@ def build_scheduler(scheduler_config: dict[str, Any], options: DrawingOptions) -
     kind, extra = _SCHEDULERS[options.scheduler]
     known = inspect.signature(kind.__init__).parameters
     scheduler = kind(**{**{k: v for k, v in scheduler_config.items() if k in known}, **extra})
+    return with_steps(scheduler, options.steps)
+
+
+def with_steps(scheduler: Any, steps: int) -> Any:
+    """A diffusers scheduler, its time steps set. Raises `ValueError` for more than it was trained with."""
     trained = scheduler.config.num_train_timesteps
-    if options.steps > trained:
-        raise ValueError(f"{options.steps} steps were asked for, but the noise schedule has only {trained}")
-    scheduler.set_timesteps(options.steps)
+    if steps > trained:
+        raise ValueError(f"{steps} steps were asked for, but the noise schedule has only {trained}")
+    scheduler.set_timesteps(steps)
     return scheduler
 
 
@@ -210,30 +130,3 @@ def to_pil(picture: Tensor) -> Image.Image:
     """One picture [1 or 3, H, W] in [0, 1] -> an 8-bit PIL image, mode L or RGB."""
     pixels = (picture.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
-
-
-def _latent_shape(model: DreamLLM, options: DrawingOptions) -> tuple[int, int, int]:
-    channels, side = model.config.unet_config["in_channels"], model.config.unet_config["sample_size"]
-    if options.size is not None:
-        blocks = len(model.config.unet_config["block_out_channels"])
-        # Without a codec the size is the UNet's own: it must halve evenly at every level.
-        multiple = 2 ** (blocks - 1) if model.config.identity_codec else model.config.spatial_factor
-        if options.size < multiple or options.size % multiple:
-            raise ValueError(f"size must be a positive multiple of {multiple} pixels, not {options.size}")
-        side = options.size // model.config.spatial_factor
-    return channels, side, side
-
-
-def _pixels(model: DreamLLM, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
-    return latent_shape[1] * model.config.spatial_factor, latent_shape[2] * model.config.spatial_factor
-
-
-def _noise(shape: tuple[int, int, int], generators: list[torch.Generator]) -> Tensor:
-    # Drawn on the CPU, so that a seed gives the same picture on every device.
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-def _shifted(progress: Progress | None, number: int, batches: int, steps: int) -> Callable[[int], None]:
-    if progress is None:
-        return lambda done: None
-    return lambda done: progress(number * steps + done, batches * steps)

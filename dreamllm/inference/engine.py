@@ -16,16 +16,18 @@ from dreamllm.inference.drawing import (
     DrawingOptions,
     Progress,
     check_seeds,
-    draw,
     drawing_defaults,
     picture_seed,
     to_pil,
 )
 from dreamllm.inference.options import Answer, GenerationOptions, Stopped
 from dreamllm.inference.rows import Rows
+from dreamllm.inference.sampler import draw
 from dreamllm.inference.sampling import choose_token
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.model.slots import find_slots
+
+KEPT_NULL_CONDITIONS = 8
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Engine:
         self.batch_size = batch_size
         self.layout = model.layout
         self._never = _never_chosen(model, processor)
-        self._kept_null: tuple[tuple, Tensor] | None = None
+        self._kept_nulls: dict[str, tuple[tuple, Tensor]] = {}  # by prompt: what it was computed from, condition
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -140,16 +142,18 @@ class Engine:
             return self._dream_states([encoded])[0]
 
     def null_condition(self, negative_prompt: str = "") -> Tensor:
-        """The condition [Q, C] that guidance leads away from.
+        """The condition [Q, C] that guidance leads away from, of the empty or a negative prompt.
 
-        That of the empty prompt is computed once and kept until a parameter it depends on changes.
+        Those of the latest prompts are kept until a parameter they depend on changes.
         """
-        if negative_prompt:
-            return self._project(self.null_states(negative_prompt))
         version = self._parameter_version()
-        if self._kept_null is None or self._kept_null[0] != version:
-            self._kept_null = (version, self._project(self.null_states()))
-        return self._kept_null[1]
+        kept = self._kept_nulls.pop(negative_prompt, None)
+        if kept is None or kept[0] != version:
+            kept = version, self._project(self.null_states(negative_prompt))
+        while len(self._kept_nulls) >= KEPT_NULL_CONDITIONS:
+            self._kept_nulls.pop(next(iter(self._kept_nulls)))  # the one used longest ago
+        self._kept_nulls[negative_prompt] = kept
+        return kept[1]
 
     def _parameter_version(self) -> tuple:
         model = self.model

@@ -213,7 +213,9 @@ def test_the_null_condition_is_kept_until_a_parameter_changes(tmp_path):
     model, processor = tiny_model(tmp_path)
     engine = Engine(model, processor)
     first = engine.null_condition()
+    negative = engine.null_condition("the copy")
     assert engine.null_condition() is first
+    assert engine.null_condition("the copy") is negative
     model.requires_grad_(False)
     model.set_trainable({"dream_queries"})
     model.dream_queries.grad = torch.ones_like(model.dream_queries)
@@ -229,3 +231,11 @@ def test_a_negative_prompt_replaces_the_empty_one(tiny):
     negative = tiny.null_condition("the copy")
     assert not torch.allclose(negative, tiny.null_condition())
     torch.testing.assert_close(negative, tiny.conditions([Document((Text("the copy"),))])[0])
+
+
+def test_only_the_latest_null_conditions_are_kept(tiny):
+    kept = [tiny.null_condition("A" * count) for count in range(10)]
+    assert tiny.null_condition("A" * 9) is kept[9]
+    assert tiny.null_condition("A" * 2) is kept[2]
+    assert tiny.null_condition() is not kept[0]
+    torch.testing.assert_close(tiny.null_condition(), kept[0])
