@@ -65,6 +65,25 @@ def print_result(result: Any) -> None:
     print(f"  {'copy':16} {result.copy_minimum_us:9.1f}", flush=True)
 
 
+def print_summary(results: list[Any]) -> None:
+    """One line per case: how many times as fast as each contender ours is, and the share of memory it holds."""
+    columns: list[str] = []
+    for result in results:
+        columns += [t.contender for t in result.timings[1:] if t.contender not in columns]
+    label_width = max(len(f"{r.case.operator} {r.case.label}") for r in results)
+    print(f"\n{'times as fast as':{label_width}}  {'ours us':>10}" + "".join(f"  {name[:22]:>22}" for name in columns))
+    for result in results:
+        ours = result.timings[0]
+        ratios = {t.contender: f"{t.minimum_us / ours.minimum_us:.2f}x" for t in result.timings[1:]}
+        for name in ratios:
+            if name in result.peak_extra_bytes:
+                held = result.peak_extra_bytes[ours.contender] / max(1, result.peak_extra_bytes[name])
+                ratios[name] += f", {held:.2f} of its memory"
+        label = f"{result.case.operator} {result.case.label}"
+        cells = "".join(f"  {ratios.get(name, ''):>22}" for name in columns)
+        print(f"{label:{label_width}}  {ours.minimum_us:10.1f}{cells}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -81,18 +100,19 @@ def run(arguments: argparse.Namespace) -> int:
     facts = information.collect()
     settings = f"{arguments.device}, {arguments.caches} caches, {arguments.threads} threads"
     print(f"{facts['devices']['cpu']}, {facts['devices']['cpu_isa']}; torch {torch.__version__}; {settings}")
-    records, boundaries = [], {}
+    results, boundaries = [], {}
     for name, module in modules.items():
         for case in module.cases(arguments.device):
             result = measure(case, seconds=arguments.seconds, caches=arguments.caches)
             print_result(result)
-            records.append(result.record())
+            results.append(result)
         boundaries[name] = module.boundary(arguments.device)
         if not boundaries[name]:
             continue
         print(f"\n{name}: microseconds per call on a tiny tensor")
         for what, microseconds in boundaries[name].items():
             print(f"  {what:36} {microseconds:6.1f}")
+    print_summary(results)
     if arguments.record:
         path = ROOT / "results" / f"{arguments.record}.json"
         path.write_text(
@@ -105,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "versions": facts["versions"],
                     "threads": arguments.threads,
                     "settings": {name: os.environ.get(name) for name in (*SETTINGS, *KEEP_FREED_MEMORY)},
-                    "cases": records,
+                    "cases": [result.record() for result in results],
                     "boundary_us": boundaries,
                 },
                 indent=1,

@@ -7,9 +7,9 @@ import copy
 import functools
 import inspect
 import pickle
-import warnings
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
