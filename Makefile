@@ -8,6 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 RUN    := OMP_WAIT_POLICY=passive
+TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 NATIVE  := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 OUT     ?= runs/digits
@@ -22,9 +23,9 @@ demo: $(VENV)/.demo
 # The interpreter tests and the ahead-of-time compilations need processes of their own: Triton reads
 # TRITON_INTERPRET when a kernel is decorated. The main run is last, so its closing line is the last line.
 test: $(VENV)/.test
-	TRITON_INTERPRET=1 $(RUN) $(BIN)/python -m pytest tests/kernels/interpreter
-	$(RUN) $(BIN)/python -m pytest tests/kernels/aot
-	$(RUN) $(BIN)/python -m pytest --ignore=tests/kernels/interpreter --ignore=tests/kernels/aot
+	TRITON_INTERPRET=1 $(RUN) $(TEST) tests/kernels/interpreter
+	$(RUN) $(TEST) tests/kernels/aot
+	$(RUN) $(TEST) --dist loadfile --ignore=tests/kernels/interpreter --ignore=tests/kernels/aot
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
