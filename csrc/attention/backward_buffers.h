@@ -15,6 +15,7 @@ struct BackwardBlock {
   Stored *q_lanes, *grad_lanes;  // [ceil(head_dim / pack), lanes]
   Stored *q_rows, *grad_rows;    // [lanes / pack, width]
   float *lse, *delta;            // [lanes]
+  float* minus_grad_lse;         // [lanes]
   float* total;                  // [lanes], the sum of the probabilities over the keys so far
   float* grad_q;                 // [depth, lanes]
 };
@@ -23,10 +24,10 @@ template <class A>
 struct BackwardBuffers {
   using Stored = typename A::Stored;
   Stored *q_lanes, *grad_lanes, *q_rows, *grad_rows;
-  float *lse, *delta, *total, *grad_q;
+  float *lse, *delta, *minus_grad_lse, *total, *grad_q;
   float* probabilities;          // [kRows, lanes] of a group of keys
   float* partial;                // the same for unfinished sums
-  float* slopes;                 // the same for the derivative of the soft cap
+  float* slopes;                 // [kKeys or kRows, lanes], the derivative of the soft cap
   Stored *p_rows, *ds_rows;      // [kKeys, lanes]
   Stored* ds_lanes;              // [kKeys / pack, lanes]
   float *grad_k, *grad_v;        // [kKeys, width]
@@ -48,11 +49,12 @@ struct BackwardBuffers {
     grad_rows = arena.take<Stored>(blocks * rows_size);
     lse = arena.take<float>(blocks * kQueries);
     delta = arena.take<float>(blocks * kQueries);
+    minus_grad_lse = arena.take<float>(blocks * kQueries);
     total = arena.take<float>(blocks * kQueries);
     grad_q = arena.take<float>(blocks * grad_q_size);
     probabilities = arena.take<float>(kRows * kQueries);
     partial = arena.take<float>(kRows * kQueries);
-    slopes = arena.take<float>(kRows * kQueries);
+    slopes = arena.take<float>((A::pack == 1 ? kKeys : kRows) * kQueries);
     p_rows = arena.take<Stored>(kKeys * kQueries);
     ds_rows = arena.take<Stored>(kKeys * kQueries);
     ds_lanes = A::same_forms ? ds_rows : arena.take<Stored>(kKeys * kQueries);
@@ -65,8 +67,9 @@ struct BackwardBuffers {
     keys = arena.take<Stored>(kKeys * width);
   }
   BackwardBlock<A> block(int64_t n) const {
-    return {q_lanes + n * lanes_size, grad_lanes + n * lanes_size, q_rows + n * rows_size, grad_rows + n * rows_size,
-            lse + n * kQueries,       delta + n * kQueries,        total + n * kQueries,   grad_q + n * grad_q_size};
+    return {q_lanes + n * lanes_size, grad_lanes + n * lanes_size, q_rows + n * rows_size,      grad_rows + n * rows_size,
+            lse + n * kQueries,       delta + n * kQueries,        minus_grad_lse + n * kQueries, total + n * kQueries,
+            grad_q + n * grad_q_size};
   }
 };
 

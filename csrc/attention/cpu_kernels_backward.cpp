@@ -1,7 +1,7 @@
 // Backward: one task per sequence and key-value head, or per range of its keys.
 //
 //   P  = e^(scores - lse)       [keys, queries], recomputed as in the forward
-//   dS = P (V dO^T - delta)     delta = rowsum(dO O) - dlse
+//   dS = P (V dO^T - delta)     delta = rowsum(dO O) - dlse, or rowsum(P dO V^T) - dlse
 //   dV += P dO    dK += dS Q    [keys, head_dim]
 //   dQ^T += K^T dS              [head_dim, queries]
 //
@@ -82,6 +82,7 @@ class BackwardTask {
       const bool hidden = lane >= count || job_.lse[at + lane] == -INFINITY;
       to.lse[lane] = hidden ? kHiddenLse : job_.lse[at + lane];
       to.delta[lane] = !hidden && job_.grad_lse ? -job_.grad_lse[at + lane] : 0.0f;
+      to.minus_grad_lse[lane] = to.delta[lane];
     }
     add_products<kVecs>(to, block);
   }
@@ -135,7 +136,8 @@ class BackwardTask {
       seen = {std::max((seen.begin - keys.begin) / kRows * kRows + keys.begin, keys.begin), std::min(seen.end, keys.end)};
       if (seen.empty()) return;
       const auto packed = b_.block(head * blocks_ + block);
-      differentiate_scores<kVecs>(packed, block, seen, keys.begin);
+      const Range all = mask_.visible(block * kQueries, queries(block));
+      differentiate_scores<kVecs>(packed, block, seen, keys.begin, all.begin >= keys.begin && all.end <= keys.end);
       accumulate_rows<kVecs>(b_.p_rows, packed.grad_rows, b_.grad_v, seen, keys.begin, variable);
       accumulate_rows<kVecs>(b_.ds_rows, packed.q_rows, b_.grad_k, seen, keys.begin, variable);
       accumulate_grad_q<kVecs>(packed, seen, keys.begin);
@@ -144,12 +146,15 @@ class BackwardTask {
     write_rows(b_.grad_v, static_cast<E*>(job_.grad_v), keys, 1.0f);
   }
 
-  // Fills p_rows, ds_rows and ds_lanes; row 0 is key seen.begin.
+  // Fills p_rows, ds_rows and ds_lanes; row 0 is key seen.begin. Where `complete`, these are all keys that the queries see, and
+  // float32 takes delta from the products at hand: with few keys dS is a small difference of large numbers, of which the rounding of
+  // O would be several times the error.
   template <int kVecs>
-  DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin) {
+  DK_INLINE void differentiate_scores(const BackwardBlock<A>& packed, int64_t block, Range seen, int64_t origin, bool complete) {
     constexpr int64_t lanes = kVecs * Vec::width;
     const int64_t query = block * kQueries;
-    Vec total[kVecs];
+    const bool late = A::pack == 1 && complete;
+    Vec total[kVecs], products[2][kVecs];
     for (int64_t key = seen.begin; key < seen.end; key += kRows) {
       const int64_t offset = (key - seen.begin) * lanes;
       const bool final = !scaling_.at_once && mask_.all_visible(key, query, queries(block));
@@ -163,7 +168,8 @@ class BackwardTask {
                                     }
                                   }
                                 });
-      if (!final) adjust<kVecs>(key, query);
+      float* const slopes = b_.slopes + (late ? offset : 0);
+      if (!final) adjust<kVecs>(key, query, slopes);
       for (int v = 0; v < kVecs; ++v) {
         const Vec lse = load(packed.lse + v * Vec::width, Full{});
 #pragma GCC unroll 16
@@ -183,13 +189,24 @@ class BackwardTask {
 #pragma GCC unroll 8
             for (int v = 0; v < kVecs; ++v) {
               const Vec delta = load(packed.delta + v * Vec::width, Full{});
+              if constexpr (A::pack == 1) {
+                if (late) {
+#pragma GCC unroll 16
+                  for (int r = 0; r < kRows; ++r) {
+                    const float* at = b_.probabilities + r * lanes + v * Vec::width;
+                    products[r % 2][v] = fma(load(at, Full{}), tile[r][v], products[r % 2][v]);
+                    store(b_.ds_rows + offset + r * lanes + v * Vec::width, tile[r][v], Full{});
+                  }
+                  continue;
+                }
+              }
 #pragma GCC unroll 16
               for (int r = 0; r < kRows; r += 2) {
                 const float* at = b_.probabilities + r * lanes + v * Vec::width;
                 tile[r][v] = load(at, Full{}) * (tile[r][v] - delta);
                 tile[r + 1][v] = load(at + lanes, Full{}) * (tile[r + 1][v] - delta);
                 if (scaling_.softcap > 0) {
-                  const float* slope = b_.slopes + r * lanes + v * Vec::width;
+                  const float* slope = slopes + r * lanes + v * Vec::width;
                   tile[r][v] = tile[r][v] * load(slope, Full{});
                   tile[r + 1][v] = tile[r + 1][v] * load(slope + lanes, Full{});
                 }
@@ -200,6 +217,22 @@ class BackwardTask {
           });
     }
     if constexpr (A::pack == 1) {
+      if (late) {
+        for (int v = 0; v < kVecs; ++v) {
+          // The sum of P is 1 but for the rounding of lse, which this takes away.
+          const Vec whole = select_less(Vec(), total[v], Vec(1.0f) / total[v], Vec());
+          const Vec mean = (products[0][v] + products[1][v]) * whole;
+          const Vec minus_grad_lse = load(packed.minus_grad_lse + v * Vec::width, Full{});
+          for (int64_t at = v * Vec::width; at < round_up(seen.end - seen.begin, kRows) * lanes; at += lanes) {
+            const Vec p = load(b_.p_rows + at, Full{}) * whole;
+            Vec ds = p * ((load(b_.ds_rows + at, Full{}) - mean) - minus_grad_lse);  // in this order: the first may be zero
+            if (scaling_.softcap > 0) ds = ds * load(b_.slopes + at, Full{});
+            store(b_.p_rows + at, p, Full{});
+            store(b_.ds_rows + at, ds, Full{});
+          }
+          total[v] = select_less(Vec(), total[v], Vec(1.0f), Vec());
+        }
+      }
       for (int v = 0; v < kVecs; ++v) {
         float* at = packed.total + v * Vec::width;
         store(at, load(at, Full{}) + total[v], Full{});
@@ -225,7 +258,7 @@ class BackwardTask {
   }
 
   template <int kVecs>
-  __attribute__((noinline)) void adjust(int64_t key, int64_t query) {
+  __attribute__((noinline)) void adjust(int64_t key, int64_t query, float* slopes) {
     const bool masked = !mask_.all_visible(key, query, kVecs * Vec::width);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVecs; ++v) {
@@ -235,7 +268,7 @@ class BackwardTask {
         if (scaling_.softcap > 0) {
           Vec slope;
           s = capped(s, scaling_.softcap, slope);
-          store(b_.slopes + at, slope, Full{});
+          store(slopes + at, slope, Full{});
         }
         if (masked) s = mask_.hide(s, key + r, query + v * Vec::width);
         store(b_.probabilities + at, s, Full{});

@@ -81,17 +81,14 @@ def check_random_problem(seed: int, dtype: torch.dtype) -> None:
 
     torch.manual_seed(seed)
     smallest = min(tokens * heads * width for tokens, heads, width in shapes)
-    assert_close_to_float64(ours, definition, inputs, max(1, min(20, 30000 // smallest)))
+    assert_close_to_float64(ours, definition, inputs, max(1, min(60, 30000 // smallest)))
 
 
 @pytest.mark.parametrize("isa", supported_cpu_isas())
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("seed", range(0, 400, 16))
 def test_random_problems_at_every_instruction_set(isa, dtype, seed):
-    """Other problems for each instruction set and dtype: 200 in all.
-
-    Not yet float32: of 100 such problems, 9 exceed twice eager's largest error in the gradient of q or k.
-    """
+    """Other problems for each instruction set and dtype: 300 in all."""
     level = supported_cpu_isas().index(isa)
     with using_cpu_isa(isa):
         check_random_problem(seed + 3 * level + DTYPES.index(dtype), dtype)
