@@ -32,6 +32,15 @@ def test_a_terminal_shows_a_bar_with_losses_and_remaining_time():
         assert expected in text.getvalue()
 
 
+@pytest.fixture
+def keyboard_interrupts():
+    """Python's own handler, which a test process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard_interrupts")
 def test_the_first_signal_is_a_request_and_the_second_acts():
     with InterruptRequest() as interrupt:
         signal.raise_signal(signal.SIGINT)
