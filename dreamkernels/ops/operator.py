@@ -89,6 +89,11 @@ class Operator:
         return "" if device_type == "cuda" else "it runs on cuda tensors only"
 
 
+def row_major_like(x: torch.Tensor) -> torch.Tensor:
+    """An empty row-major tensor with the shape, dtype and device of x, whatever its strides: what most fakes return."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def has_kernel(qualified_name: str, dispatch_key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, dispatch_key)
 

@@ -6,13 +6,13 @@ import torch
 
 from dreamkernels.ops.append_kv import reference
 from dreamkernels.ops.debug import check_range, debug_enabled
-from dreamkernels.ops.operator import FLOAT_DTYPES, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, choose, define, overload_for, row_major_like
 
 __all__ = ["append_kv"]
 
 
 def _fake(q, k, v, k_cache, v_cache, cache_seqlens, cos, sin, q_norm_weight, k_norm_weight, eps, block_table):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return row_major_like(q)
 
 
 APPEND_KV = define(

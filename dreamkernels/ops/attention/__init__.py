@@ -10,7 +10,7 @@ import torch
 from dreamkernels.ops.attention import external, reference
 from dreamkernels.ops.attention.choice import Request, choose, explanation_of, rounded_head_dim
 from dreamkernels.ops.explanation import Explanation
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, define, overload_for, row_major_like
 
 __all__ = ["attention"]
 
@@ -21,17 +21,13 @@ _OPTIONS = (
 )
 
 
-def _row_major_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(q, k, v, *options):
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return _row_major_like(q), q.new_empty(lse_shape, dtype=torch.float32)
+    return row_major_like(q), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _fake_backward(grad_out, grad_lse, q, k, v, *options):
-    return _row_major_like(q), _row_major_like(k), _row_major_like(v)
+    return row_major_like(q), row_major_like(k), row_major_like(v)
 
 
 BACKWARD = define(

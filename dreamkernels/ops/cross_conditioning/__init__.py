@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dreamkernels.ops.cross_conditioning import reference
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for, row_major_like
 
 __all__ = ["MAX_KEYS", "MAX_WIDTH", "cross_conditioning"]
 
@@ -17,12 +17,12 @@ MAX_KEYS, MAX_WIDTH = 128, 160
 _TRITON = "dreamkernels.ops.cross_conditioning.triton"
 
 
-def _row_major_like(x: torch.Tensor, wanted: bool = True) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+def _row_major_or_nothing(x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return row_major_like(x) if wanted else x.new_empty(0)
 
 
 def _fake_backward(grad_out, q, k, v, scale, q_grad, kv_grad):
-    return _row_major_like(q, q_grad), _row_major_like(k, kv_grad), _row_major_like(v, kv_grad)
+    return tuple(_row_major_or_nothing(x, wanted) for x, wanted in ((q, q_grad), (k, kv_grad), (v, kv_grad)))
 
 
 BACKWARD = define(
@@ -51,7 +51,7 @@ def _backward(backward: Any) -> Callable[..., Any]:
 CROSS_CONDITIONING = define(
     "cross_conditioning",
     "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
-    fake=lambda q, k, v, scale: _row_major_like(q),
+    fake=lambda q, k, v, scale: row_major_like(q),
     triton=f"{_TRITON}:cross_conditioning",
     cuda=True,
     autograd=Autograd(_backward, _save, BACKWARD),

@@ -8,7 +8,7 @@ import torch
 
 from dreamkernels.ops.debug import check_range, debug_enabled
 from dreamkernels.ops.decode_attention import reference
-from dreamkernels.ops.operator import FLOAT_DTYPES, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, choose, define, overload_for, row_major_like
 
 __all__ = ["decode_attention"]
 
@@ -18,7 +18,7 @@ MAX_SPLITS = 64
 
 def _fake(q, k_cache, v_cache, cache_seqlens, block_table, causal, scale, window, softcap, splits):
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return row_major_like(q), lse
 
 
 DECODE_ATTENTION = define(

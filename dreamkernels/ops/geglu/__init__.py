@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dreamkernels.ops.geglu import reference
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for, row_major_like
 
 __all__ = ["geglu"]
 
@@ -17,7 +17,7 @@ _TRITON = "dreamkernels.ops.geglu.triton"
 BACKWARD = define(
     "geglu_backward",
     "(Tensor grad_y, Tensor x) -> Tensor",
-    fake=lambda grad_y, x: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda grad_y, x: row_major_like(x),
     triton=f"{_TRITON}:geglu_backward",
 )
 

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import torch
 
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for, row_major_like
 from dreamkernels.ops.rms_norm import reference
 
 __all__ = ["rms_norm"]
@@ -15,12 +15,8 @@ __all__ = ["rms_norm"]
 _TRITON = "dreamkernels.ops.rms_norm.triton"
 
 
-def _row_major_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake_backward(grad_y, grad_residual, x, weight, eps, weight_grad):
-    return _row_major_like(x), weight.new_empty(weight.shape[0] if weight_grad else 0)
+    return row_major_like(x), weight.new_empty(weight.shape[0] if weight_grad else 0)
 
 
 BACKWARD = define(
@@ -62,7 +58,7 @@ def _backward_of_add_rms_norm(backward: Any) -> Callable[..., Any]:
 RMS_NORM = define(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps) -> Tensor",
-    fake=lambda x, weight, eps: _row_major_like(x),
+    fake=lambda x, weight, eps: row_major_like(x),
     triton=f"{_TRITON}:rms_norm",
     cuda=True,
     autograd=Autograd(_backward_of_rms_norm, _save_for_rms_norm, BACKWARD),
@@ -70,7 +66,7 @@ RMS_NORM = define(
 ADD_RMS_NORM = define(
     "add_rms_norm",
     "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    fake=lambda x, residual, weight, eps: (_row_major_like(x), _row_major_like(x)),
+    fake=lambda x, residual, weight, eps: (row_major_like(x), row_major_like(x)),
     triton=f"{_TRITON}:add_rms_norm",
     cuda=True,
     autograd=Autograd(_backward_of_add_rms_norm, _save_for_add_rms_norm, BACKWARD),

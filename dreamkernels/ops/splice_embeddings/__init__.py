@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dreamkernels.ops.debug import check_range, debug_enabled
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for, row_major_like
 from dreamkernels.ops.splice_embeddings import reference
 
 __all__ = ["splice_embeddings"]
@@ -49,7 +49,7 @@ def _backward(backward: Any) -> Callable[..., Any]:
 SPLICE_EMBEDDINGS = define(
     "splice_embeddings",
     "(Tensor token_embeds, Tensor[] sources, Tensor index) -> Tensor",
-    fake=lambda token_embeds, sources, index: torch.empty_like(token_embeds, memory_format=torch.contiguous_format),
+    fake=lambda token_embeds, sources, index: row_major_like(token_embeds),
     triton=f"{_TRITON}:splice_embeddings",
     cuda=True,
     autograd=Autograd(_backward, _save, BACKWARD),

@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 
-from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for
+from dreamkernels.ops.operator import FLOAT_DTYPES, Autograd, choose, define, overload_for, row_major_like
 from dreamkernels.ops.swiglu import reference
 
 __all__ = ["swiglu", "swiglu_packed"]
 
 _TRITON = "dreamkernels.ops.swiglu.triton"
-
-
-def _row_major_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_packed(gate_up):
@@ -26,13 +22,13 @@ def _fake_packed(gate_up):
 BACKWARD = define(
     "swiglu_backward",
     "(Tensor grad_y, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    fake=lambda grad_y, gate, up: (_row_major_like(gate), _row_major_like(gate)),
+    fake=lambda grad_y, gate, up: (row_major_like(gate), row_major_like(gate)),
     triton=f"{_TRITON}:swiglu_backward",
 )
 PACKED_BACKWARD = define(
     "swiglu_packed_backward",
     "(Tensor grad_y, Tensor gate_up) -> Tensor",
-    fake=lambda grad_y, gate_up: _row_major_like(gate_up),
+    fake=lambda grad_y, gate_up: row_major_like(gate_up),
     triton=f"{_TRITON}:swiglu_packed_backward",
 )
 
@@ -48,7 +44,7 @@ def _backward(backward: Any) -> Callable[..., Any]:
 SWIGLU = define(
     "swiglu",
     "(Tensor gate, Tensor up) -> Tensor",
-    fake=lambda gate, up: _row_major_like(gate),
+    fake=lambda gate, up: row_major_like(gate),
     triton=f"{_TRITON}:swiglu",
     autograd=Autograd(_backward, _save, BACKWARD),
 )
