@@ -13,6 +13,9 @@ LAYERS = {
     "training": 2,
     "inference": 2,
     "evaluation": 3,
+    "workloads": 3,
+    "planning": 4,
+    "profiling": 4,
     "recipes": 4,
     "cli": 5,
 }
