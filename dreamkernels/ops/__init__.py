@@ -8,6 +8,7 @@ from dreamkernels.ops.diffusion_loss import add_noise, diffusion_loss
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
 from dreamkernels.ops.guided_step import StepSchedule, UnsupportedScheduler, guided_step, step_schedule
+from dreamkernels.ops.layer_norm import layer_norm
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dreamkernels.ops.rms_norm import rms_norm
 from dreamkernels.ops.rotary import rotary, rotary_tables
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "geglu",
     "guided_step",
+    "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
