@@ -7,6 +7,7 @@ from dreamkernels.ops.decode_attention import decode_attention
 from dreamkernels.ops.diffusion_loss import add_noise, diffusion_loss
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
+from dreamkernels.ops.group_norm_silu import group_norm_silu
 from dreamkernels.ops.guided_step import StepSchedule, UnsupportedScheduler, guided_step, step_schedule
 from dreamkernels.ops.layer_norm import layer_norm
 from dreamkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -27,6 +28,7 @@ __all__ = [
     "diffusion_loss",
     "explain",
     "geglu",
+    "group_norm_silu",
     "guided_step",
     "layer_norm",
     "linear_cross_entropy",

@@ -1,0 +1,80 @@
+"""group_norm_silu against F.group_norm and F.silu, and torch.compile of them, in both layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import Case, cost_per_call_us
+from dreamkernels import group_norm_silu
+
+FAMILY = "unet"
+GROUPS = 32
+SHAPES = ((4, 320, 32, 32), (2, 128, 64, 64))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+
+def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return group_norm_silu(x, GROUPS, weight, bias)
+
+
+def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor) -> Any:
+        y = forward(x, weight, bias)
+        return y, *torch.autograd.grad(y, [t for t in (x, weight, bias) if t.requires_grad], grad)
+
+    return run
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Forward; forward and backward with trained and with frozen parameters (a UNet is usually frozen)."""
+    for shape in SHAPES if device == "cpu" else ((16, 320, 64, 64), (16, 640, 32, 32), (1, 128, 512, 512), *SHAPES):
+        for dtype in (torch.bfloat16, torch.float32):
+            for layout, memory_format in LAYOUTS.items():
+                torch._dynamo.reset()
+                forwards = {"ours": ours, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+                both = {contender: with_backward(call) for contender, call in forwards.items()}
+                elements, size = torch.Size(shape).numel(), dtype.itemsize
+                name = f"{str(dtype).removeprefix('torch.')} {list(shape)} {layout}"
+
+                def plain(shape=shape, dtype=dtype, memory_format=memory_format) -> list[torch.Tensor]:
+                    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
+                    return [x, *torch.rand(2, shape[1], device=device).to(dtype).unbind()]
+
+                def trained(plain=plain) -> list[torch.Tensor]:
+                    arguments = [t.clone().requires_grad_() for t in plain()]
+                    return [*arguments, torch.randn_like(arguments[0])]
+
+                def frozen(plain=plain) -> list[torch.Tensor]:
+                    x, weight, bias = plain()
+                    return [x.requires_grad_(), weight, bias, torch.randn_like(x)]
+
+                moved = 2 * elements * size
+                for label, make, contenders, traffic, flops in (
+                    ("forward", plain, forwards, moved, 12 * elements),
+                    ("forward+backward", trained, both, moved + 3 * elements * size, 40 * elements),
+                    ("forward+backward, frozen", frozen, both, moved + 3 * elements * size, 36 * elements),
+                ):
+                    yield Case(
+                        "group_norm_silu", f"{label} {name}", make, contenders, traffic, flops, TOLERANCE[dtype], device
+                    )
+
+
+def boundary(device: str) -> dict[str, float]:
+    """Microseconds per call on a [2, 32, 2] tensor, where the kernel itself costs almost nothing."""
+    x, weight, bias = torch.randn(2, 32, 2, device=device), torch.ones(32, device=device), torch.ones(32, device=device)
+    tracked = x.clone().requires_grad_()
+    return {
+        "x + x": cost_per_call_us(torch.add, (x, x)),
+        "group_norm_silu": cost_per_call_us(ours, (x, weight, bias)),
+        "group_norm_silu, recording a gradient": cost_per_call_us(ours, (tracked, weight, bias)),
+        "eager": cost_per_call_us(eager, (x, weight, bias)),
+    }
