@@ -36,6 +36,7 @@ class PackedBatch:
     - `dream_positions`: int64 [M, Q], positions of the queries of each created picture, in reading order.
     - `loss_positions`, `loss_targets`: int64 [K], positions that predict a learned token, and that token.
     - `pixel_values`: float32 [N, 3, h, w] or None; `target_pixel_values`: float32 [M, C, H, W] or None.
+    - `target_latents`: float32 [M, c, h', w'] or None, scaled; where they are known, no picture is encoded.
     - `null_positions`: int64 [Q], the queries of the appended empty prompt, or None when there is none.
     """
 
@@ -50,6 +51,7 @@ class PackedBatch:
     max_seqlen: int
     pixel_values: torch.Tensor | None = None
     target_pixel_values: torch.Tensor | None = None
+    target_latents: torch.Tensor | None = None
     null_positions: torch.Tensor | None = None
     names: tuple[str, ...] = ()
 

@@ -249,8 +249,9 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
     ) -> DreamLLMOutput:
         """Losses of a packed batch, without logits and without a host synchronisation.
 
-        `generator` draws the diffusion's random numbers; `draws` and `target_latents` (scaled, [M, C, h, w]) replace
-        them. Raises `ValueError` when the dream slots do not match the target pictures.
+        `generator` draws the diffusion's random numbers; `draws` and `target_latents` (scaled, [M, C, h, w]; default:
+        those of the batch, if it has any) replace them. Raises `ValueError` when the dream slots do not match the
+        target pictures.
         """
         states_TH = self.states_packed(batch)
         lm_loss = self._lm_loss(states_TH[batch.loss_positions], batch.loss_targets)
@@ -258,7 +259,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         count = batch.dream_positions.shape[0]
         if count:
             null_QH = None if batch.null_positions is None else states_TH[batch.null_positions]
-            latents = self._latents(batch.target_pixel_values, target_latents, count, generator)
+            known = batch.target_latents if target_latents is None else target_latents
+            latents = self._latents(batch.target_pixel_values, known, count, generator)
             vm_loss = self._vm_loss(states_TH[batch.dream_positions], latents, null_QH, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),

@@ -1,5 +1,7 @@
 """Every loss option against an independent formula: diffusers' schedulers and plain arithmetic in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,3 +218,19 @@ def test_vae_latents_are_scaled_posterior_samples(tmp_path):
         draws.mean(0), posterior.mean * factor, rtol=0, atol=0.25 * factor * posterior.std.max().item()
     )
     assert (draws.std(0) / (posterior.std * factor)).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_latents_of_the_batch_stand_for_the_pictures(tmp_path):
+    """Without pixels the VAE is not needed; one latent too few is an error."""
+    model, processor = tiny_model(tmp_path, vae=True)
+    batch = processor.pack([processor.encode(pair(random_picture(i), "the license", "creation")) for i in range(2)])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        latents = encode_pictures(model.vae, batch.target_pixel_values, generator)
+    draws = draw_diffusion(model.config, tuple(latents.shape), latents.device, generator)
+    expected = model.forward_packed(batch, draws=draws, target_latents=latents).vm_loss
+    cached = replace(batch, target_pixel_values=None, target_latents=latents)
+    model.vae = None
+    assert model.forward_packed(cached, draws=draws).vm_loss == expected
+    with pytest.raises(ValueError, match="2 dream slots but 1 target pictures"):
+        model.forward_packed(replace(cached, target_latents=latents[:1]), draws=draws)
