@@ -37,6 +37,9 @@ class Case:
     device: str = "cpu"
     cold_bytes: int = 96 * 2**20  # input sets together
     memory: bool = False  # also measure the memory of every contender
+    held_bytes: dict[str, int] = field(default_factory=dict)  # kept between calls by a contender, allocated by others
+    samples: int = 0  # documents, pictures, ... of one call, where time per sample says more than time per call
+    fallible: tuple[str, ...] = ()  # contenders whose failure is a result: a row that says so
 
 
 @dataclass
@@ -53,9 +56,15 @@ class Result:
     timings: list[Timing] = field(default_factory=list)
     copy_minimum_us: float = 0.0
     peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # by contender, where the case asks for it
+    failures: dict[str, str] = field(default_factory=dict)  # by contender of `case.fallible`: why it was not timed
 
     def minimum(self, contender: str) -> float:
         return next(timing.minimum_us for timing in self.timings if timing.contender == contender)
+
+    def seconds_per_sample(self, contender: str) -> float:
+        """From the median: a sample of a long step is an average over many operations already."""
+        timing = next(timing for timing in self.timings if timing.contender == contender)
+        return timing.median_us / 1e6 / self.case.samples
 
     def share_of_copy_bandwidth(self, contender: str) -> float:
         return self.copy_minimum_us / self.minimum(contender)
@@ -75,10 +84,18 @@ class Result:
                     "median_us": round(timing.median_us, 2),
                     "share_of_copy_bandwidth": round(self.share_of_copy_bandwidth(timing.contender), 3),
                     **({"peak_extra_bytes": self.peak_extra_bytes[timing.contender]} if self.peak_extra_bytes else {}),
+                    **self._per_sample(timing.contender),
                 }
                 for timing in self.timings
             },
+            **({"failures": self.failures} if self.failures else {}),
         }
+
+    def _per_sample(self, contender: str) -> dict[str, float]:
+        if not self.case.samples:
+            return {}
+        seconds = self.seconds_per_sample(contender)
+        return {"seconds_per_sample": round(seconds, 6), "samples_per_second": round(1 / seconds, 3)}
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
@@ -87,17 +104,29 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for part in result if part is not None for tensor in _tensors(part)]
 
 
-def check_contenders(case: Case) -> None:
-    """Raises AssertionError when contenders disagree beyond the case's tolerance, relative to the largest value."""
+def check_contenders(case: Case) -> dict[str, str]:
+    """Raises AssertionError when contenders disagree beyond the case's tolerance, relative to the largest value.
+
+    Returns the contenders of `case.fallible` that raised something else, with what they raised.
+    """
     inputs = case.make_inputs()
     (first, ours), *others = case.contenders.items()
     expected = _tensors(ours(*inputs))
+    failures = {}
     for name, call in others:
-        for mine, theirs in zip(expected, _tensors(call(*inputs)), strict=True):
+        try:
+            results = _tensors(call(*inputs))
+        except Exception as error:
+            if name not in case.fallible:
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            continue
+        for mine, theirs in zip(expected, results, strict=True):
             scale = theirs.float().abs().max().item() or 1.0
             difference = (mine.float() - theirs.float()).abs().max().item() / scale
             if difference > case.relative_tolerance:
                 raise AssertionError(f"{case.operator} {case.label}: {first} and {name} differ by {difference:.2e}")
+    return failures
 
 
 def _clock(device: str) -> float:
@@ -138,26 +167,28 @@ def _turn(call: Call, inputs: Sequence[Any], case: Case, caches: str) -> list[fl
 def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "cold") -> Result:
     """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after five."""
     assert caches in ("cold", "warm")
-    check_contenders(case)
+    failures = check_contenders(case)
+    contenders = {name: call for name, call in case.contenders.items() if name not in failures}
     input_sets = _input_sets(case, caches)
     copies = _copy_inputs(case, caches)
-    for call in case.contenders.values():
+    for call in contenders.values():
         for inputs in input_sets[:3]:
             call(*inputs)
-    samples: dict[str, list[float]] = {name: [] for name in case.contenders}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
     copy_samples: list[float] = []
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= 5 and time.perf_counter() - begin > seconds:
             break
-        for position, (name, call) in enumerate(case.contenders.items()):
+        for position, (name, call) in enumerate(contenders.items()):
             samples[name] += _turn(call, input_sets[(number + position) % len(input_sets)], case, caches)
         target, source = copies[number % len(copies)]
         copy_samples += _turn(target.copy_, (source,), case, caches)
-    result = Result(case, caches, copy_minimum_us=min(copy_samples))
+    result = Result(case, caches, copy_minimum_us=min(copy_samples), failures=failures)
     if case.memory:
         result.peak_extra_bytes = {
-            name: peak_extra_bytes(call, input_sets[0], case.device) for name, call in case.contenders.items()
+            name: peak_extra_bytes(call, input_sets[0], case.device) + case.held_bytes.get(name, 0)
+            for name, call in contenders.items()
         }
     result.timings = [Timing(name, min(values), statistics.median(values)) for name, values in samples.items()]
     return result

@@ -1,0 +1,71 @@
+"""`python -m benchmarks.models [workload ...]`: DreamLLM's workloads against the original's pattern, per sample.
+
+The same cases as `python -m benchmarks run dreamllm`, with a table that counts samples, and a choice of size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+SETTINGS = {"OMP_WAIT_POLICY": "passive"}  # see benchmarks/__main__.py
+
+
+def main() -> int:
+    import torch
+
+    from benchmarks.harness import Result, measure
+    from benchmarks.models.sizes import SIZES, costs
+    from benchmarks.models.workloads import OURS, workloads
+
+    known = workloads(SIZES["mini"])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="workload", help=f"default: all ({', '.join(known)})")
+    parser.add_argument("--size", choices=("tiny", "mini"), default="mini", help="7b needs a GPU and has no runner yet")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--compile", action="store_true", help="also the pattern under torch.compile (minutes)")
+    parser.add_argument("--record", type=Path, help="write the results to this JSON file")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(known)
+    if unknown:
+        parser.error(f"unknown workloads: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    torch.set_num_threads(arguments.threads)
+    size = SIZES[arguments.size]
+    shares = {part: f"{share:.0%}" for part, share in costs(size).share_of_pair(size).items()}
+    print(f"{size.name}, {arguments.threads} threads; shares of a pair's operations: {shares}")
+    results: list[Result] = []
+    for name, make in workloads(size, arguments.compile).items():
+        if not arguments.names or name in arguments.names:
+            result = measure(make(), rounds=arguments.rounds)
+            results.append(result)
+            print_result(name, result, OURS)
+    if arguments.record:
+        arguments.record.write_text(json.dumps([result.record() for result in results], indent=1) + "\n")
+    return 0
+
+
+def print_result(name: str, result, ours: str) -> None:
+    print(f"\n{name}: {result.case.label}")
+    mine = result.seconds_per_sample(ours)
+    for timing in result.timings:
+        seconds = result.seconds_per_sample(timing.contender)
+        ratio = "" if timing.contender == ours else f"   {ours} is {seconds / mine:.2f}x as fast"
+        memory = result.peak_extra_bytes.get(timing.contender)
+        if memory is not None:
+            ratio += f"   peak {memory / 2**20:.0f} MiB"
+        print(f"  {timing.contender:32} {seconds * 1e3:9.1f} ms/sample {1 / seconds:9.2f} samples/s{ratio}")
+    for contender, reason in result.failures.items():
+        print(f"  {contender:32} failed: {reason}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]], {**os.environ, **SETTINGS}
+        )
+    sys.exit(main())

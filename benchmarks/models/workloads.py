@@ -1,0 +1,267 @@
+"""What DreamLLM does all day, as benchmark cases: ours against the original's pattern, same weights, same documents.
+
+A call of a training case is one optimiser step on one batch that is ready in memory: loading and transforming pictures
+happens in worker processes in both programs. Draws of noise, time steps and posterior samples are the same. A call of
+an inference case goes from the prompt's document (ours) or ids and pixels (the pattern) to tokens or PIL pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.harness import Call, Case
+from benchmarks.models.sizes import Size, build
+from benchmarks.models.synthetic import Source, make_processor
+from benchmarks.original_pattern import OriginalPattern, Trainer, draw, pad_batch, write
+from dreamllm.documents import Document, PackedBatch
+from dreamllm.inference import DrawingOptions, Engine, GenerationOptions
+from dreamllm.inference.drawing import picture_seed
+from dreamllm.model import DreamLLM
+from dreamllm.model.codec import encode_pictures
+from dreamllm.training import StageConfig
+from dreamllm.training.step import make_optimizer, prepare_model, train_step
+
+OURS, PATTERN, COMPILED = "dreamllm", "original pattern", "original pattern, torch.compile"
+LEARNING_RATES = {"stage1": 2e-3, "stage2": 2e-5, "stage3": 4e-5}  # spec D.2
+LOSS_TOLERANCE = 1e-4
+PICTURE_TOLERANCE = 2.5 / 255  # two levels of 8 bits
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def stage1_comprehension_documents(source: Source, count: int) -> list[Document]:
+    return [source.comprehension_pair() for _ in range(count)]
+
+
+def stage1_creation_documents(source: Source, count: int) -> list[Document]:
+    return [source.creation_pair() for _ in range(count)]
+
+
+def stage2_documents(source: Source, count: int) -> list[Document]:
+    """Half interleaved documents, half pairs, of which every other one is read and the others are drawn."""
+    pairs = [source.comprehension_pair, source.creation_pair]
+    return [source.interleaved() if i % 2 else pairs[i // 2 % 2]() for i in range(count)]
+
+
+def stage3_documents(source: Source, count: int) -> list[Document]:
+    """Four dialogues about pictures to one request to draw and one interleaved answer, the paper's 80K : 20K : 20K."""
+    kinds = [source.dialogue, source.drawing_dialogue, source.dialogue] * 2
+    kinds[4] = source.instruction_interleaved
+    return [kinds[i % len(kinds)]() for i in range(count)]
+
+
+_DOCUMENTS: dict[str, Callable[[Source, int], list[Document]]] = {
+    "stage1_comprehension": stage1_comprehension_documents,
+    "stage1_creation": stage1_creation_documents,
+    "stage2": stage2_documents,
+    "stage3": stage3_documents,
+}
+
+
+def training_case(size: Size, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
+    """One step of stage `kind` on `batch` documents. `cached`: ours gets the pictures' latents, as from a cache."""
+    stage = StageConfig(kind, kind, (), 1000, batch, LEARNING_RATES[kind.split("_")[0]])  # type: ignore[arg-type]
+    processor = make_processor(size)
+    encoded = [processor.encode(document) for document in _DOCUMENTS[kind](Source(size), batch)]
+    packed = processor.pack(encoded)
+    padded = pad_batch(encoded, processor.layout, processor)
+    ours = build(size)
+    trainers = {PATTERN: Trainer(OriginalPattern(ours), stage)}
+    if compiled:
+        trainers[COMPILED] = Trainer(compile_heavy(OriginalPattern(ours)), stage)
+    contenders: dict[str, Call] = {OURS: _our_step(ours, stage, packed, cached)}
+    for name, trainer in trainers.items():
+        contenders[name] = lambda trainer=trainer: list(map(torch.tensor, trainer.step(padded, _generator())))
+    label = f"{'latents cached, ' if cached else ''}{batch} documents, {packed.num_tokens} tokens"
+    label += f" (padded: {padded.input_ids.numel()}), {len(packed.dream_positions)} pictures to draw"
+    trained = sum(p.numel() * p.element_size() for p in ours.parameters() if p.requires_grad)
+    return Case(
+        f"{size.name} {kind}",
+        label,
+        list,
+        contenders,
+        bytes_moved=7 * trained,
+        flops=0,
+        relative_tolerance=LOSS_TOLERANCE,
+        samples=batch,
+        memory=kind == "stage2",
+        held_bytes={OURS: trained},  # our gradients stay; the pattern's are freed after every step and made anew
+        fallible=(COMPILED,),
+    )
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: bool) -> Call:
+    optimizer = make_optimizer(prepare_model(model, stage), stage)
+    generator = _generator()
+    if cached:
+        assert batch.target_pixel_values is not None
+        with torch.no_grad():
+            latents = encode_pictures(model.vae, batch.target_pixel_values, generator)
+        batch = replace(batch, target_pixel_values=None, target_latents=latents)
+    state = generator.get_state()
+
+    def step() -> Sequence[Tensor]:
+        generator.set_state(state)
+        return train_step(model, optimizer, [batch], stage, generator, contextlib.nullcontext()).unbind()
+
+    return step
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def captioning_case(size: Size, num_beams: int = 1, new_tokens: int = 32, compiled: bool = True) -> Case:
+    """One picture and a question -> `new_tokens` tokens, greedily or with beams."""
+    processor = make_processor(size)
+    ours = build(size)
+    document = Source(size).captioning_prompt()
+    engine = Engine(ours, processor)
+    batch = processor.pad([processor.encode(document)])
+    inputs = batch["input_ids"], batch["attention_mask"], batch["pixel_values"]
+    never = [*engine._never.nonzero().flatten().tolist(), engine.layout.dream_start]
+    patterns = {PATTERN: OriginalPattern(ours)}
+    if compiled:
+        patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
+
+    def our_tokens() -> Tensor:
+        if num_beams == 1:
+            return _answer(engine, document, new_tokens)
+        return _beams(ours, batch, never, num_beams, new_tokens)
+
+    contenders: dict[str, Call] = {OURS: our_tokens}
+    for name, pattern in patterns.items():
+        contenders[name] = lambda pattern=pattern: write(pattern, *inputs, new_tokens, num_beams, never)[0]
+    return Case(
+        f"{size.name} captioning",
+        f"{'greedy' if num_beams == 1 else f'{num_beams} beams'}, one picture, {new_tokens} tokens",
+        list,
+        contenders,
+        bytes_moved=new_tokens * sum(p.numel() * p.element_size() for p in ours.language_model.parameters()),
+        flops=0,
+        relative_tolerance=0.0,
+        samples=1,
+        fallible=(COMPILED,),
+    )
+
+
+def _answer(engine: Engine, document: Document, new_tokens: int) -> Tensor:
+    answer = engine.answer(document, GenerationOptions(max_new_tokens=new_tokens, pictures="forbid"))
+    assert answer.stopped == "length", "the random model ended its answer early; take another seed"
+    return torch.tensor(answer.token_ids)
+
+
+def _beams(model: DreamLLM, batch: dict[str, Tensor], never: list[int], num_beams: int, new_tokens: int) -> Tensor:
+    ids = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"],
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        suppress_tokens=never,
+    )
+    return ids[0, batch["input_ids"].shape[1] :]
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def drawing_case(
+    size: Size,
+    prompts: int = 4,
+    candidates: int = 1,
+    steps: int = 50,
+    guidance_scale: float = 2.0,
+    compiled: bool = True,
+) -> Case:
+    """Prompts -> pictures, guided. To the pattern a candidate is one more row of the batch with the same prompt: the
+    original draws its candidates in separate runs, but over batches as large as ours."""
+    processor = make_processor(size)
+    ours = build(size)
+    source = Source(size)
+    documents = [source.drawing_prompt() for _ in range(prompts)]
+    ids = [processor.encode(document).input_ids for document in documents]
+    engine = Engine(ours, processor)
+    drawing = DrawingOptions(steps=steps, guidance_scale=guidance_scale, candidates=candidates)
+    options = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
+    patterns = {PATTERN: OriginalPattern(ours)}
+    if compiled:
+        patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
+
+    def our_pictures() -> list[Tensor]:
+        answers = engine.answers(documents, options, range(prompts))
+        return [_pixels(picture) for answer in answers for picture in answer.pictures]
+
+    rows = [row for row in ids for _ in range(candidates)]
+    seeds = [picture_seed(seed, candidate) for seed in range(prompts) for candidate in range(candidates)]
+
+    def their_pictures(pattern: OriginalPattern) -> list[Tensor]:
+        return [_pixels(picture) for picture in draw(pattern, rows, seeds, steps, guidance_scale)]
+
+    contenders: dict[str, Call] = {OURS: our_pictures}
+    for name, pattern in patterns.items():
+        contenders[name] = lambda pattern=pattern: their_pictures(pattern)
+    many = f", {candidates} candidates each" if candidates > 1 else ""
+    return Case(
+        f"{size.name} text_to_image",
+        f"{prompts} prompt{'s' if prompts > 1 else ''}{many}, {steps} guided steps",
+        list,
+        contenders,
+        bytes_moved=steps * sum(p.numel() * p.element_size() for p in ours.unet.parameters()),
+        flops=0,
+        relative_tolerance=PICTURE_TOLERANCE,
+        samples=prompts * candidates,
+        fallible=(COMPILED,),
+    )
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).float() / 255
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+def compile_heavy(pattern: OriginalPattern) -> OriginalPattern:
+    """Compiles, in place, the modules where the pattern's time goes: layers of the decoder and of CLIP, and the UNet's
+    and the VAE's residual and transformer blocks. Whole models would take many minutes on a CPU."""
+    heavy = {"LlamaDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D", "BasicTransformerBlock"}
+    for module in pattern.modules():
+        if type(module).__name__ in heavy:
+            module.compile()
+    return pattern
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def workloads(size: Size, compiled: bool = True) -> dict[str, Callable[[], Case]]:
+    """Every workload by name; each makes its own models when called. `compiled`: with the compiled pattern."""
+
+    def training(kind: str, cached: bool = False) -> Callable[[], Case]:
+        return lambda: training_case(size, kind, cached=cached, compiled=compiled)
+
+    return {
+        "comprehension": training("stage1_comprehension"),
+        "creation_cached": training("stage1_creation", cached=True),
+        "creation_online": training("stage1_creation"),
+        "stage2": training("stage2"),
+        "stage3": training("stage3"),
+        "captioning_greedy": lambda: captioning_case(size, compiled=compiled),
+        "captioning_beams": lambda: captioning_case(size, num_beams=5, compiled=compiled),
+        "text_to_image": lambda: drawing_case(size, compiled=compiled),
+        "candidates": lambda: drawing_case(size, prompts=1, candidates=8, compiled=compiled),
+    }
