@@ -1,0 +1,233 @@
+"""Linear layers and convolutions whose weights do not change, for CPU: oneDNN's own weight layout, made once.
+
+PyTorch brings a weight into oneDNN's blocked layout in every call and adds the bias of a float32 linear layer in a pass
+of its own. With small batches of pictures the reordering costs as much as the convolution. Here the reordered weight
+stays, a residual is added while the result is written, and the gradient of the input is again such a product, with the
+transposed weight. Nothing but the input gets a gradient.
+
+    conv = FrozenConv2d(module)
+    y = conv(x)                 # module(x)
+    y = conv(x, residual)       # module(x) + residual
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["FrozenConv2d", "FrozenLinear", "why_not_frozen"]
+
+_MKLDNN = torch.ops.mkldnn
+_OPERATORS = (
+    "_linear_pointwise",
+    "_convolution_pointwise",
+    "_reorder_linear_weight",
+    "_reorder_convolution_weight",
+)
+
+
+def _supports(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return bool(_MKLDNN._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def why_not_frozen(module: nn.Module) -> str:
+    """Why a module cannot be frozen, or ""."""
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"it is a {type(module).__name__}, not a Linear or Conv2d"
+    if not torch.backends.mkldnn.is_available() or any(not hasattr(_MKLDNN, name) for name in _OPERATORS):
+        return "this build of torch has no oneDNN"
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return "its parameters are trained (requires_grad)"
+    weight = module.weight
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device}; only CPU weights have a layout of their own"
+    if not isinstance(weight, Tensor) or not _supports(weight.dtype):
+        return f"oneDNN does not multiply {weight.dtype} on this CPU"
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"its padding is {module.padding!r}, {module.padding_mode}"
+    return ""
+
+
+def _version(tensor: Tensor) -> tuple:
+    """What changes when a tensor is replaced or written to, except through `.data` or shared memory."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
+
+
+class _Frozen:
+    """A weight in oneDNN's layouts: one for the product, one for the gradient of its input, each made when needed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._layouts: dict[str, Tensor] = {}
+        self._seen: tuple = ()
+
+    def layout(self, kind: str, x: Tensor) -> Tensor:
+        seen = _version(self.weight)
+        if seen != self._seen:
+            self._layouts.clear()
+            self._seen = seen
+        if kind not in self._layouts:
+            with torch.no_grad():
+                self._layouts[kind] = self._make(kind, x)
+        return self._layouts[kind]
+
+    def refresh(self) -> None:
+        """Forgets the layouts; needed after a change through `.data` only, others are noticed."""
+        self._layouts.clear()
+
+    def _make(self, kind: str, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _ready(self, x: Tensor) -> bool:
+        """Whether x can take the fast way: what else there is (autocast, tracing, another dtype) runs torch's own."""
+        return (
+            x.dtype == self.weight.dtype
+            and x.device == self.weight.device
+            and x.numel() > 0
+            and not self.weight.requires_grad
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+class _Product(torch.autograd.Function):
+    """y = layer(x) + residual. The gradient of the residual is that of y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, layer: Any) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer.forward(x, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        grad_x = ctx.layer.input_gradient(grad_y, ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
+
+
+def _run(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        return _Product.apply(x, residual, layer)
+    return layer.forward(x, residual)
+
+
+class FrozenLinear(_Frozen):
+    """The product with the weight of an `nn.Linear`, or with those of several that take the same input.
+
+    Raises ValueError where `why_not_frozen` names an obstacle, or several weights do not fit.
+    """
+
+    def __init__(self, *modules: nn.Linear) -> None:
+        for module in modules:
+            if reason := why_not_frozen(module):
+                raise ValueError(f"the layer cannot be frozen: {reason}")
+        self._modules = modules
+        self._sources: tuple = ()
+        super().__init__(*self._joined())
+
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        first = self._modules[0]
+        if len(self._modules) == 1:
+            return first.weight, first.bias
+        if any((module.bias is None) != (first.bias is None) for module in self._modules):
+            raise ValueError("layers can be joined when all or none of them have a bias")
+        self._sources = tuple(_version(parameter) for module in self._modules for parameter in module.parameters())
+        bias = None if first.bias is None else torch.cat([module.bias.detach() for module in self._modules])
+        return torch.cat([module.weight.detach() for module in self._modules]), bias
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.weight, self.bias = self._joined()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]; several layers' results side by side."""
+        if self._sources:
+            now = tuple(_version(parameter) for module in self._modules for parameter in module.parameters())
+            if now != self._sources:
+                self.refresh()
+        elif self._modules[0].weight is not self.weight:
+            self.refresh()
+        if not self._ready(x):
+            y = F.linear(x, self.weight, self.bias)
+            return y if residual is None else y + residual
+        return _run(self, x, residual)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weight = self.layout("product", rows)
+        if residual is None:
+            y = _MKLDNN._linear_pointwise(rows, weight, self.bias, "none", [], "")
+        else:
+            add = residual.reshape(-1, residual.shape[-1])
+            y = _MKLDNN._linear_pointwise.binary(rows, add, weight, self.bias, "add")
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
+        rows = grad_y.reshape(-1, grad_y.shape[-1])
+        return _MKLDNN._linear_pointwise(rows, self.layout("gradient", rows), None, "none", [], "").view(shape)
+
+    def _make(self, kind: str, x: Tensor) -> Tensor:
+        weight = self.weight.detach() if kind == "product" else self.weight.detach().t()
+        return _MKLDNN._reorder_linear_weight(weight.contiguous(), x.shape[0])
+
+
+class FrozenConv2d(_Frozen):
+    """The convolution of an `nn.Conv2d` over channels-last pictures; others are brought to that format.
+
+    Raises ValueError where `why_not_frozen` names an obstacle.
+    """
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        if reason := why_not_frozen(module):
+            raise ValueError(f"the layer cannot be frozen: {reason}")
+        super().__init__(module.weight, module.bias)
+        self._module = module
+        self._stride, self._padding = list(module.stride), [int(p) for p in module.padding]
+        self._dilation, self._groups = list(module.dilation), module.groups
+        extents = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        # The gradient of a convolution without strides is a convolution with the mirrored weight.
+        self._mirrored_padding = [e - p for e, p in zip(extents, self._padding, strict=True)]
+        self._mirrors = module.groups == 1 and self._stride == [1, 1] and min(self._mirrored_padding) >= 0
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, h, w], residual [B, O, h', w'] -> [B, O, h', w']."""
+        if self._module.weight is not self.weight:
+            self.weight, self.bias = self._module.weight, self._module.bias
+        if not self._ready(x) or x.dim() != 4:
+            y = self._module._conv_forward(x, self.weight, self.bias)
+            return y if residual is None else y + residual
+        return _run(self, x, residual)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, kind: str, bias: Tensor | None, padding: list) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        shape = (padding, self._stride, self._dilation, self._groups)
+        weight = self.layout(kind, x)
+        if residual is None:
+            return _MKLDNN._convolution_pointwise(x, weight, bias, *shape, "none", [], "")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        return _MKLDNN._convolution_pointwise.binary(x, residual, weight, bias, *shape, "add", 1.0, None, [], None)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self._convolve(x, residual, "product", self.bias, self._padding)
+
+    def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
+        if self._mirrors:
+            return self._convolve(grad_y, None, "gradient", None, self._mirrored_padding)
+        x = torch.empty(shape, dtype=grad_y.dtype, memory_format=torch.channels_last)
+        return torch.ops.aten.convolution_backward(
+            grad_y, x, self.weight, None, self._stride, self._padding, self._dilation, False, [0, 0], self._groups,
+            [True, False, False],
+        )[0]  # fmt: skip
+
+    def _make(self, kind: str, x: Tensor) -> Tensor:
+        weight, padding = self.weight.detach(), self._padding
+        if kind == "gradient":
+            weight, padding = weight.flip(2, 3).transpose(0, 1), self._mirrored_padding
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return _MKLDNN._reorder_convolution_weight(
+            weight, padding, self._stride, self._dilation, self._groups, list(x.shape)
+        )
