@@ -14,10 +14,10 @@ LAYERS = {
     "inference": 2,
     "evaluation": 3,
     "workloads": 3,
-    "planning": 4,
     "profiling": 4,
+    "planning": 5,
     "recipes": 4,
-    "cli": 5,
+    "cli": 6,
 }
 """A part of dreamllm may import parts of a lower layer, and those of its own layer named in SIDEWAYS."""
 SIDEWAYS = {("data", "model")}

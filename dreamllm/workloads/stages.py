@@ -99,7 +99,7 @@ def stage_config(
         chosen.kind,
         parts(name, size, seed),
         steps,
-        documents_per_step or model_size(size).documents_per_step * accumulation,
+        model_size(size).documents_per_step * accumulation if documents_per_step is None else documents_per_step,
         chosen.learning_rate,
         accumulation,
     )

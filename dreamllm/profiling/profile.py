@@ -1,0 +1,168 @@
+"""Profiles the training step of a workload: times, operators, memory, synchronisations, and a trace for Perfetto."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.profiler import ProfilerActivity, record_function
+
+from dreamllm.data import Batches
+from dreamllm.documents import PackedBatch
+from dreamllm.profiling.parts import PartTracker
+from dreamllm.profiling.synchronisation import HostSynchronisations
+from dreamllm.profiling.workload import Precision, PreparedStep, Recording, prepare
+from dreamllm.training.metrics import StepCounts
+from dreamllm.training.progress import StageProgress
+from dreamllm.training.step import count
+from dreamllm.workloads import batches, make_processor, stage_config
+
+TRACE = "trace.json"
+
+
+@dataclass
+class Profile:
+    """What was measured. Seconds are medians over `steps` steps that nothing observed; the recording is of one more."""
+
+    workload: str
+    size: str
+    precision: Precision
+    device: str
+    threads: int
+    steps: int
+    counts: StepCounts
+    step_seconds: float
+    data_seconds: float
+    recording: Recording
+    synchronisations: list[str]
+    trace: Path | None
+
+    @property
+    def unattributed_seconds(self) -> float:
+        """Of a step, not inside any operator: Python and autograd, or gaps between kernels."""
+        return max(0.0, self.step_seconds - sum(operator.seconds for operator in self.recording.operators))
+
+
+def profile_workload(
+    workload: str,
+    size: str,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    documents_per_step: int | None = None,
+    steps: int = 3,
+    seed: int = 0,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> Profile:
+    """Runs and observes the real training step of `workload` at `size`; writes `out/trace.json` when `out` is given.
+
+    Raises `ValueError` for an unknown workload or size, and for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    config = stage_config(workload, size, documents_per_step, seed=seed)
+    loader = batches(config, make_processor(size), seed)
+    step = prepare(size, config, precision, device, seed=seed)
+    with StageProgress(console or Console(quiet=True), f"profiling {config.name} {size}", steps + 4, 0) as progress:
+
+        def ran() -> None:
+            progress.advance()
+
+        data_seconds, batch = _load(loader, device)
+        step.run([batch])  # warm-up
+        ran()
+        times = [_timed(step, batch, ran) for _ in range(steps)]
+        with HostSynchronisations() as waits:
+            step.run([batch])
+        ran()
+        recording = step.record(batch, batch.cu_seqlens.diff().tolist(), timed=True)
+        ran()
+        trace = None if out is None else _write_trace(step, batch, out / TRACE)
+        ran()
+    return Profile(
+        config.name,
+        size,
+        precision,
+        _device_name(device),
+        torch.get_num_threads(),
+        steps,
+        count([batch]),
+        statistics.median(times),
+        data_seconds,
+        recording,
+        waits.summary(),
+        trace,
+    )
+
+
+def _load(loader: Batches, device: str) -> tuple[float, PackedBatch]:
+    """Seconds to make a batch (of three, the median), and the first batch on the device."""
+    seconds = []
+    for number in (2, 1, 0):
+        begin = time.perf_counter()
+        loaded = loader[number]
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), loaded.batch.to(device)
+
+
+def _timed(step: PreparedStep, batch: PackedBatch, done: Any) -> float:
+    _wait(step)
+    begin = time.perf_counter()
+    step.run([batch])
+    _wait(step)
+    done()
+    return time.perf_counter() - begin
+
+
+def _wait(step: PreparedStep) -> None:
+    if step.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _write_trace(step: PreparedStep, batch: PackedBatch, path: Path) -> Path:
+    """A Chrome trace of one step with a range around each part of the model, forward and backward."""
+    activities = [ProfilerActivity.CPU]
+    if step.model.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, _ranges(step):
+        step.run([batch])
+        _wait(step)
+    profiler.export_chrome_trace(str(path))
+    return path
+
+
+@contextlib.contextmanager
+def _ranges(step: PreparedStep) -> Iterator[None]:
+    """Opens a named range in the trace whenever the step enters another part."""
+    ranges: list[record_function] = []
+
+    def change(part: str, phase: str) -> None:
+        close()
+        ranges.append(record_function(f"{part} {phase}"))
+        ranges[-1].__enter__()
+
+    def close() -> None:
+        while ranges:
+            ranges.pop().__exit__(None, None, None)
+
+    with PartTracker(step.model, change):
+        yield
+        close()
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "CPU"

@@ -1,0 +1,117 @@
+"""A workload made ready: the model, optimiser and batches of the real training step, on real or on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dreamllm.documents import PackedBatch
+from dreamllm.model import DreamLLM
+from dreamllm.profiling.operators import tensors_in
+from dreamllm.profiling.parts import PartTracker
+from dreamllm.profiling.recorder import LiveMemory, Operator, Recorder
+from dreamllm.training.configuration import StageConfig
+from dreamllm.training.step import make_optimizer, prepare_model, train_step
+from dreamllm.workloads import make_model
+
+Precision = Literal["float32", "bfloat16", "bfloat16 parameters"]
+"""As `RunSettings.precision`; or parameters, gradients and moments in bfloat16 themselves."""
+
+
+@dataclass
+class Recording:
+    """One training step, operator by operator.
+
+    `held_bytes`: what lives before and after the step, by kind. `peak_bytes`: the most that lives during it beyond
+    that, and `at_peak` what it consists of, by (part, phase) that made it. `peak_of`: the most of each part alone.
+    """
+
+    operators: list[Operator]
+    held_bytes: dict[str, int]
+    peak_bytes: int
+    at_peak: dict[tuple[str, str], int]
+    peak_of: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        return sum(operator.flops * operator.calls for operator in self.operators)
+
+
+@dataclass
+class PreparedStep:
+    """Runs `train_step`, as the trainer does, on `batches`."""
+
+    model: DreamLLM
+    optimizer: torch.optim.Optimizer
+    config: StageConfig
+    precision: Precision
+    mode: contextlib.AbstractContextManager
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
+
+    def run(self, batches: list[PackedBatch], seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        return train_step(self.model, self.optimizer, batches, self.config, generator, self.autocast())
+
+    def record(self, batch: PackedBatch, lengths: list[int], timed: bool) -> Recording:
+        """Runs one step on `batch`, whose sequences have `lengths`, and records it."""
+        with self.mode, PartTracker(self.model) as tracker:
+            recorder = Recorder(tracker, lengths, timed)
+            held = self._hold(recorder.memory, batch)
+            with recorder:
+                self.run([batch])
+        memory = recorder.memory
+        return Recording(recorder.operators, held, memory.peak, memory.at_peak, dict(memory.peak_of))
+
+    def _hold(self, memory: LiveMemory, batch: PackedBatch) -> dict[str, int]:
+        parameters = list(self.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        return {
+            "parameters": memory.hold(trained),
+            "frozen parts": memory.hold([*parameters, *self.model.buffers()]),
+            "gradients": memory.hold(p.grad for p in trained if p.grad is not None),
+            "optimiser": memory.hold(tensors_in(list(self.optimizer.state.values()))),
+            "batch": memory.hold(tensors_in(vars(batch))),
+        }
+
+
+def prepare(
+    size: str, config: StageConfig, precision: Precision, device: str = "cpu", fake: bool = False, seed: int = 0
+) -> PreparedStep:
+    """The model of `size` ready for steps of `config`, with the optimiser's state in place.
+
+    `fake`: tensors have shapes but no memory, so that a 7b fits everywhere and a step takes seconds.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    with mode, _default_dtype(torch.bfloat16 if precision == "bfloat16 parameters" else torch.float32):
+        model = make_model(size, seed)
+        if not fake:
+            model = model.to(device)
+        optimizer = make_optimizer(prepare_model(model, config), config)
+        optimizer.step()  # on zero gradients: makes the moments, changes nothing
+    return PreparedStep(model, optimizer, config, precision, mode)
+
+
+def as_fake(batch: PackedBatch, step: PreparedStep) -> PackedBatch:
+    """`batch` for a step on fake tensors."""
+    assert isinstance(step.mode, FakeTensorMode)
+    return batch._map(step.mode.from_tensor)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
