@@ -129,7 +129,7 @@ def unet_forward(
     """UNet2DConditionModel's forward. What this one does not know goes through the original."""
     condition, pictures = encoder_hidden_states, _pictures(plan, sample, encoder_hidden_states)
     sample = sample.contiguous(memory_format=torch.channels_last)
-    extras = (
+    extras: tuple[Any, ...] = (
         attention_mask,
         encoder_attention_mask,
         down_intrablock_additional_residuals,
