@@ -3,7 +3,7 @@
 PyTorch brings a weight into oneDNN's blocked layout in every call and adds the bias of a float32 linear layer in a pass
 of its own. With small batches of pictures the reordering costs as much as the convolution. Here the reordered weight
 stays, a residual is added while the result is written, and the gradient of the input is again such a product, with the
-transposed weight. Nothing but the input gets a gradient.
+transposed weight. Nothing but the input gets a gradient. Elsewhere, and in other dtypes, torch's own product runs.
 
     conv = FrozenConv2d(module)
     y = conv(x)                 # module(x)
@@ -12,13 +12,14 @@ transposed weight. Nothing but the input gets a gradient.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FrozenConv2d", "FrozenLinear", "why_not_frozen"]
+__all__ = ["FrozenConv2d", "FrozenLinear", "why_not_frozen", "why_not_packed"]
 
 _MKLDNN = torch.ops.mkldnn
 _OPERATORS = (
@@ -29,6 +30,7 @@ _OPERATORS = (
 )
 
 
+@functools.cache
 def _supports(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(_MKLDNN._is_mkldnn_bf16_supported())
@@ -36,21 +38,24 @@ def _supports(dtype: torch.dtype) -> bool:
 
 
 def why_not_frozen(module: nn.Module) -> str:
-    """Why a module cannot be frozen, or ""."""
+    """Why a module's weights cannot be taken as constant, or ""."""
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"it is a {type(module).__name__}, not a Linear or Conv2d"
-    if not torch.backends.mkldnn.is_available() or any(not hasattr(_MKLDNN, name) for name in _OPERATORS):
-        return "this build of torch has no oneDNN"
     if any(parameter.requires_grad for parameter in module.parameters()):
         return "its parameters are trained (requires_grad)"
-    weight = module.weight
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}; only CPU weights have a layout of their own"
-    if not isinstance(weight, Tensor) or not _supports(weight.dtype):
-        return f"oneDNN does not multiply {weight.dtype} on this CPU"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"its padding is {module.padding!r}, {module.padding_mode}"
     return ""
+
+
+def why_not_packed(module: nn.Module) -> str:
+    """Why a frozen module gains nothing from a layout of its own, or "". A module on meta may come to the CPU."""
+    if not torch.backends.mkldnn.is_available() or any(not hasattr(_MKLDNN, name) for name in _OPERATORS):
+        return "this build of torch has no oneDNN"
+    weight: Any = module.weight
+    if weight.device.type not in ("cpu", "meta"):
+        return f"it is on {weight.device}; only CPU weights have a layout of their own"
+    return "" if _supports(weight.dtype) else f"oneDNN does not multiply {weight.dtype} on this CPU"
 
 
 def _version(tensor: Tensor) -> tuple:
@@ -88,8 +93,10 @@ class _Frozen:
         return (
             x.dtype == self.weight.dtype
             and x.device == self.weight.device
+            and x.device.type == "cpu"
             and x.numel() > 0
-            and not self.weight.requires_grad
+            and _supports(x.dtype)
+            and not (self.weight.requires_grad and torch.is_grad_enabled())
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen, why_not_packed
 from tests.support.operators import assert_close_to_float64, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -156,11 +156,29 @@ def test_autocast_and_compile_run_the_module_itself():
     torch.testing.assert_close(torch.compile(layer.__call__, backend="eager", fullgraph=True)(x), module(x))
 
 
+def test_layers_may_come_from_meta_and_change_their_dtype():
+    module = frozen(nn.Linear(5, 6, device="meta"))
+    joined = FrozenLinear(module, frozen(nn.Linear(5, 2, device="meta")))
+    layer = FrozenLinear(module)
+    for loaded in joined._modules:
+        loaded.to_empty(device="cpu")
+        nn.init.normal_(loaded.weight)
+        nn.init.normal_(loaded.bias)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x), module(x))
+    torch.testing.assert_close(joined(x)[:, :6], module(x))
+    for dtype in (torch.float64, torch.bfloat16):
+        for part in joined._modules:
+            part.to(dtype)
+        torch.testing.assert_close(layer(x.to(dtype)), module(x.to(dtype)))
+        torch.testing.assert_close(joined(x.to(dtype))[:, :6], module(x.to(dtype)))
+
+
 def test_obstacles_are_named():
     assert "requires_grad" in why_not_frozen(nn.Linear(2, 2))
     assert "LayerNorm, not a Linear or Conv2d" in why_not_frozen(nn.LayerNorm(2))
-    assert "torch.float64" in why_not_frozen(frozen(nn.Linear(2, 2), torch.float64))
-    assert "meta" in why_not_frozen(frozen(nn.Linear(2, 2, device="meta")))
+    assert "torch.float64" in why_not_packed(frozen(nn.Linear(2, 2), torch.float64))
+    assert why_not_packed(frozen(nn.Linear(2, 2, device="meta"))) == ""
     assert "reflect" in why_not_frozen(frozen(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")))
     assert "'same'" in why_not_frozen(frozen(nn.Conv2d(2, 2, 3, padding="same")))
     with pytest.raises(ValueError, match="cannot be frozen: its parameters are trained"):

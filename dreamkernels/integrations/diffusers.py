@@ -39,7 +39,7 @@ except ImportError as error:
     ) from error
 
 from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen, why_not_packed
 from dreamkernels.integrations import unet_forward as unets
 from dreamkernels.integrations import unet_layout as layout
 from dreamkernels.integrations.report import Report, patched_by_us
@@ -165,7 +165,7 @@ def optimize(
         "attention": attention,
     }
     for prefix, root in roots.items():
-        _Optimizer(report, prefix, root, options).run(channels_last, frozen)
+        _Optimizer(report, prefix, root, options, frozen).run(channels_last)
     if not roots:
         report.left[""] = f"{type(model).__name__} contains no " + ", ".join(kind.__name__ for kind in MODELS)
     return report
@@ -199,15 +199,15 @@ def _project(states: Tensor, projector: Any) -> Tensor:
 class _Optimizer:
     """Goes through one model."""
 
-    def __init__(self, report: DiffusersReport, prefix: str, root: Any, options: dict[str, bool]) -> None:
-        self.report, self.prefix, self.root, self.options = report, prefix, root, options
+    def __init__(self, report: DiffusersReport, prefix: str, root: Any, options: dict[str, bool], frozen: bool) -> None:
+        self.report, self.prefix, self.root, self.options, self.frozen = report, prefix, root, options, frozen
         self.plan = Plan()
         report._plans[root] = self.plan
 
-    def run(self, channels_last: bool, frozen: bool) -> None:
+    def run(self, channels_last: bool) -> None:
         if channels_last:
             self._to_channels_last()
-        if frozen:
+        if self.frozen:
             self._freeze()
         for name, module in list(self.root.named_modules()):
             recognised = self._recognise(module)
@@ -282,8 +282,9 @@ class _Optimizer:
         for name, module in self.root.named_modules():
             if type(module) not in (nn.Linear, nn.Conv2d):
                 continue
-            if reason := why_not_frozen(module) or ("forward" in module.__dict__ and "its forward was replaced") or "":
-                self.report.left[self._name(name)] = reason
+            reason = why_not_frozen(module) or why_not_packed(module)
+            if reason or "forward" in module.__dict__:
+                self.report.left[self._name(name)] = reason or "its forward was replaced on the instance already"
                 continue
             frozen = FrozenConv2d(module) if isinstance(module, nn.Conv2d) else FrozenLinear(module)
             self.plan.frozen[module] = frozen
@@ -313,7 +314,7 @@ class _Optimizer:
         resnets: list[Any] = list(unets.resnets_in_order(unet))
         projections = [resnet.time_emb_proj for resnet in resnets]
         activated = all(not resnet.skip_time_act and type(resnet.nonlinearity) is nn.SiLU for resnet in resnets)
-        if activated and all(part in plan.frozen for part in projections):
+        if self.frozen and activated and not any(map(why_not_frozen, projections)):
             plan.time_projection = FrozenLinear(*projections)
         self._patch("", unet, unets.unet_forward, "conditions and time tables, shared guided prefix")
 
