@@ -11,7 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-SETTINGS = {"OMP_WAIT_POLICY": "passive"}  # see benchmarks/__main__.py
+from benchmarks.__main__ import KEEP_FREED_MEMORY
+from benchmarks.__main__ import SETTINGS as THREAD_SETTINGS
+
+SETTINGS = THREAD_SETTINGS | KEEP_FREED_MEMORY
 
 
 def main() -> int:

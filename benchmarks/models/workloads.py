@@ -104,6 +104,7 @@ def _generator() -> torch.Generator:
 
 def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: bool) -> Call:
     optimizer = make_optimizer(prepare_model(model, stage), stage)
+    model.use_fused_pictures()
     generator = _generator()
     if cached:
         assert batch.target_pixel_values is not None
@@ -194,12 +195,14 @@ def drawing_case(
     source = Source(size)
     documents = [source.drawing_prompt() for _ in range(prompts)]
     ids = [processor.encode(document).input_ids for document in documents]
-    engine = Engine(ours, processor)
-    drawing = DrawingOptions(steps=steps, guidance_scale=guidance_scale, candidates=candidates)
-    options = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
     patterns = {PATTERN: OriginalPattern(ours)}
     if compiled:
         patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
+    ours.requires_grad_(False)
+    ours.use_fused_pictures(frozen=True)
+    engine = Engine(ours, processor)
+    drawing = DrawingOptions(steps=steps, guidance_scale=guidance_scale, candidates=candidates)
+    options = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
 
     def our_pictures() -> list[Tensor]:
         answers = engine.answers(documents, options, range(prompts))

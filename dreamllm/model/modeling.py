@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from dreamkernels.integrations.diffusers import DiffusersReport
+from dreamkernels.integrations.diffusers import optimize as optimize_diffusers
 from dreamkernels.integrations.diffusers_attention import use_attention
 from dreamkernels.integrations.transformers import Report, optimize
 from dreamkernels.integrations.transformers_attention import no_mask
@@ -25,7 +27,7 @@ from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
-from dreamllm.model.codec import build_codec, encode_pictures
+from dreamllm.model.codec import IdentityCodec, build_codec, encode_pictures
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion
 from dreamllm.model.projector import Projector
@@ -103,7 +105,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         use_dreamkernels_attention(self.language_model)
         use_dreamkernels_attention(self.vision_model)
-        use_attention(self.unet)
+        self._unet_processors = use_attention(self.unet)
+        self.picture_operators: tuple[DiffusersReport, ...] = ()
         self.operators: Report | None = None
         self.use_fused_operators()
 
@@ -122,6 +125,27 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         elif not enabled and self.operators is not None:
             self.operators.undo()
             self.operators = None
+
+    def use_fused_pictures(self, enabled: bool = True, frozen: bool = False) -> None:
+        """Whether UNet and VAE run dreamkernels' fused operators, or diffusers' own code but for the attention.
+
+        Off in a new model, because it changes the memory layout of the weights: call it once they are loaded.
+        `frozen`: the UNet's weights are kept in the CPU's own layout, too, which is faster and takes memory for the
+        copies. The layout is made for the first batch, whose size so decides how later ones are rounded: for drawing,
+        not for training. `set_trainable` ends it. `self.picture_operators` reports what was replaced.
+        """
+        for report in self.picture_operators:
+            report.undo()
+        if self.picture_operators:
+            use_attention(self.unet)
+        self.picture_operators = ()
+        if not enabled:
+            return
+        self.unet.set_attn_processor(dict(self._unet_processors))  # diffusers empties what it is given
+        reports = [optimize_diffusers(self.unet, frozen=frozen)]
+        if not isinstance(self.vae, IdentityCodec):
+            reports.append(optimize_diffusers(self.vae))
+        self.picture_operators = tuple(reports)
 
     @property
     def packs_attention(self) -> bool:
@@ -198,6 +222,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         for name, parameters in self.parameter_groups().items():
             for parameter in parameters:
                 parameter.requires_grad_(name in groups)
+        if self.picture_operators:
+            self.use_fused_pictures()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """CLIP pixel values [N, 3, h, w] -> projected features [N, P, H]."""
