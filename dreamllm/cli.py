@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from dreamkernels.version import __version__
 from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
+from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes.command import train
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),
     "profile": Command(profile),
+    "plan": Command(plan),
 }
 
 _OPTION = re.compile(r"--[a-z][a-z0-9_.+]*")

@@ -180,7 +180,7 @@ def allocator_peak(step: PreparedStep, batch) -> int:
 
 @pytest.mark.parametrize(
     ("workload", "precision", "documents"),
-    [("stage2", "float32", 3), ("stage2", "bfloat16", 4), ("stage1", "float32", 4), ("stage3", "bfloat16", 4)],
+    [("stage2", "bfloat16", 2), ("stage1", "float32", 3)],
 )
 def test_memory_of_tensors_without_contents_is_the_measured_one(workload, precision, documents):
     """The memory model against the allocator, for the mini model: activations and temporaries within a tenth."""

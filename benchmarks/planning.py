@@ -1,0 +1,99 @@
+"""How well `dreamllm plan` predicts steps of the mini model on this processor: `python -m benchmarks.planning`.
+
+Operators are recorded in one step of stage II. From these records alone, steps of other stages and other batch sizes
+are predicted, then run and timed. Only the ratios mean something on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from dreamllm.planning.devices import find_device
+from dreamllm.planning.estimate import operators_time
+from dreamllm.planning.records import Records, records_of
+from dreamllm.profiling import as_fake, prepare, profile_workload
+from dreamllm.profiling.workload import Precision
+from dreamllm.workloads import batches, make_processor, stage_config
+
+RESULT = Path(__file__).parent / "results" / "plan-cpu.json"
+CALIBRATION = ("stage2", 8)
+HELD_OUT = (("stage2", 4), ("stage2", 12), ("stage1", 8), ("stage1", 24), ("stage3", 6))
+SIZE = "mini"
+
+
+def predicted_seconds(workload: str, documents: int, precision: Precision, records: Records) -> float:
+    """From a step on tensors without contents and the records."""
+    config = stage_config(workload, SIZE, documents)
+    batch = batches(config, make_processor(SIZE))[0].batch
+    step = prepare(SIZE, config, precision, fake=True)
+    recording = step.record(as_fake(batch, step), batch.cu_seqlens.diff().tolist(), timed=False)
+    return operators_time(recording.operators, find_device("cpu", records), records).seconds
+
+
+def measured_seconds(workload: str, documents: int, precision: Precision, steps: int) -> float:
+    """The median of `steps` steps after one."""
+    config = stage_config(workload, SIZE, documents)
+    batch = batches(config, make_processor(SIZE))[0].batch
+    step = prepare(SIZE, config, precision)
+    step.run([batch])
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        step.run([batch])
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def check(precision: Precision, steps: int) -> dict:
+    """Calibrates, predicts and measures; prints one line per held-out step."""
+    workload, documents = CALIBRATION
+    profile = profile_workload(workload, SIZE, precision, documents_per_step=documents, steps=steps)
+    records = records_of(profile)
+    rows = []
+    for workload, documents in HELD_OUT:
+        expected = predicted_seconds(workload, documents, precision, records)
+        found = measured_seconds(workload, documents, precision, steps)
+        error = expected / found - 1
+        rows.append(
+            {
+                "workload": workload,
+                "documents": documents,
+                "predicted_ms": round(1e3 * expected, 1),
+                "measured_ms": round(1e3 * found, 1),
+                "error": round(error, 3),
+            }
+        )
+        print(f"{precision:9} {workload:7} {documents:3} documents: predicted {1e3 * expected:7.1f} ms, "
+              f"measured {1e3 * found:7.1f} ms, {100 * error:+.0f}%", flush=True)  # fmt: skip
+    return {
+        "device": profile.device,
+        "threads": profile.threads,
+        "torch": torch.__version__,
+        "size": SIZE,
+        "calibration": {"workload": CALIBRATION[0], "documents": CALIBRATION[1]},
+        "largest_error": max(abs(row["error"]) for row in rows),
+        "steps": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--record", action="store_true", help=f"write the figures into {RESULT.name}")
+    options = parser.parse_args()
+    result = check(options.precision, options.steps)
+    print(f"largest error {100 * result['largest_error']:.0f}%")
+    if options.record:
+        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+        RESULT.write_text(json.dumps({**stored, options.precision: result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

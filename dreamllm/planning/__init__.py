@@ -1,0 +1,20 @@
+"""Planning: memory, time and the best setting of a training stage on given devices, without running it."""
+
+from dreamllm.planning.devices import Device, find_device, gpus
+from dreamllm.planning.plan import DoesNotFitError, Plan, Request, make_plan
+from dreamllm.planning.records import Records, load_records
+from dreamllm.planning.sharding import SHARDINGS, Sharding
+
+__all__ = [
+    "SHARDINGS",
+    "Device",
+    "DoesNotFitError",
+    "Plan",
+    "Records",
+    "Request",
+    "Sharding",
+    "find_device",
+    "gpus",
+    "load_records",
+    "make_plan",
+]

@@ -1,0 +1,70 @@
+"""`dreamllm plan`."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from dreamllm.planning.devices import find_device
+from dreamllm.planning.plan import PAPER_GLOBAL_BATCH, Request, make_plan
+from dreamllm.planning.records import load_records
+from dreamllm.planning.report import as_json, show
+from dreamllm.planning.sharding import Sharding
+from dreamllm.profiling.workload import Precision
+from dreamllm.training.progress import quiet_transformers
+from dreamllm.workloads import model_size
+from dreamllm.workloads import stage as find_stage
+
+_PRECISIONS: dict[str, Precision] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "bfloat16-parameters": "bfloat16 parameters",
+}
+
+
+def plan(
+    stage: str,
+    gpu: str = "a800",
+    gpus: int = 1,
+    size: str = "7b",
+    micro_batch: int | None = None,
+    sharding: Sharding | None = None,
+    global_batch: int | None = None,
+    precision: Literal["float32", "bfloat16", "bfloat16-parameters"] = "bfloat16",
+    network_gb_per_s: float | None = None,
+    gpus_per_node: int | None = None,
+    records: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Plans a stage on given GPUs: memory, step time, hours, what limits it; searches the best setting.
+
+    Args:
+        stage: 1, 2 or 3, or the half stage1_comprehension or stage1_creation.
+        gpu: a100, a800, h100 or h200; or cpu, with records.
+        gpus: how many of them.
+        size: the model: tiny, mini or 7b.
+        micro_batch: documents per GPU and pass; searched when not given.
+        sharding: how parameters and their states are divided; searched when not given.
+        global_batch: documents per optimiser step; by default the paper's 1024 for 7b, one pass's worth for the others.
+        precision: bfloat16 keeps parameters and moments in float32; bfloat16-parameters, as the original, does not.
+        network_gb_per_s: bandwidth between nodes per GPU and direction; by default 25 GB/s.
+        gpus_per_node: GPUs that NVLink connects; by default 8.
+        records: profile.json that dreamllm profile wrote on such a device; its operators are taken as measured.
+        json: print the figures as JSON instead of tables.
+    """
+    measured = None if records is None else load_records(records)
+    device = find_device(gpu, measured, network_gb_per_s, gpus_per_node)
+    if global_batch is None:
+        per_pass = (micro_batch or model_size(size).documents_per_step) * gpus
+        global_batch = -(-PAPER_GLOBAL_BATCH // per_pass) * per_pass if size == "7b" else per_pass
+    request = Request(find_stage(stage).kind, size, gpus, _PRECISIONS[precision], global_batch, micro_batch, sharding)
+    console = Console()
+    with quiet_transformers(), Console(stderr=True).status("planning") as status:
+        made = make_plan(request, device, measured, lambda text: status.update(text))
+    if json:
+        print(dumps(as_json(made), indent=2))
+    else:
+        show(made, console)

@@ -1,0 +1,122 @@
+"""What a plan knows of a device: its limits from a file with a source for each figure, or a CPU's from measurements."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from dreamllm.planning.records import Records
+
+GIB = 2**30
+LAUNCH_SECONDS = 5e-6
+"""The host gives out an operator in about this time (eager, with autograd): what bounds steps of many small ones."""
+
+LEAST_KERNEL_SECONDS = 3e-6
+RESERVED_GIB = 3.0
+"""CUDA context, workspaces of the libraries, NCCL, and what the allocator cannot use."""
+
+NETWORK_GB_PER_S = 25.0
+"""Per GPU and direction: one 200 Gb/s adapter per GPU, the usual make of such clusters. An assumption."""
+
+LINK_EFFICIENCY = 0.8
+"""Share of a link's bandwidth that large collectives reach. An assumption."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Limits of one device. `efficiency`: share of the limit that each kind of operator reaches.
+
+    `memory_gib` is what the device has, `usable_bytes` without what is reserved. `nvlink_gb_per_s`: both directions
+    together; `network_gb_per_s`: per GPU and direction.
+    """
+
+    key: str
+    name: str
+    memory_gib: float
+    bf16_dense_tflops: float
+    memory_gb_per_s: float
+    nvlink_gb_per_s: float
+    gpus_per_node: int
+    efficiency: Mapping[str, float]
+    sources: Mapping[str, str]
+    network_gb_per_s: float = NETWORK_GB_PER_S
+    launch_seconds: float = LAUNCH_SECONDS
+    least_kernel_seconds: float = LEAST_KERNEL_SECONDS
+    reserved_gib: float = RESERVED_GIB
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.memory_gib - self.reserved_gib) * GIB
+
+    @property
+    def peak_flops(self) -> float:
+        return self.bf16_dense_tflops * 1e12
+
+
+@cache
+def gpus() -> dict[str, Device]:
+    """The GPUs of `gpus.json`."""
+    values = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
+    return {key: Device(key, **limits) for key, limits in values.items()}
+
+
+def find_device(
+    key: str, records: Records | None, network_gb_per_s: float | None = None, gpus_per_node: int | None = None
+) -> Device:
+    """The device called `key`, with another network if given; "cpu" is the one on which `records` were measured.
+
+    Raises `ValueError` for an unknown one, for "cpu" without records, and for bandwidths that are not positive.
+    """
+    key = key.lower()
+    if key == "cpu":
+        device = _processor(records)
+    elif key in gpus():
+        device = gpus()[key]
+    else:
+        near = difflib.get_close_matches(key, gpus(), n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        known = "".join(f"\n  {name}: {device.name}" for name, device in gpus().items())
+        raise ValueError(
+            f"unknown GPU {key!r}.{meant} Known GPUs:{known}\n  cpu: this processor, with --records of dreamllm profile"
+        )
+    if network_gb_per_s is not None:
+        _require_positive("network_gb_per_s", network_gb_per_s)
+        device = replace(device, network_gb_per_s=network_gb_per_s)
+    if gpus_per_node is not None:
+        _require_positive("gpus_per_node", gpus_per_node)
+        device = replace(device, gpus_per_node=gpus_per_node)
+    return device
+
+
+def _require_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, not {value:g}")
+
+
+def _processor(records: Records | None) -> Device:
+    if records is None:
+        raise ValueError(
+            "a plan for the cpu needs measured operators: run `dreamllm profile` first and give --records profile.json"
+        )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    fastest = max((op.flops / op.seconds for op in records.operators if op.flops and op.seconds), default=1e9)
+    moved = max((op.bytes / op.seconds for op in records.operators if op.seconds), default=1e9)
+    return Device(
+        key="cpu",
+        name=records.device,
+        memory_gib=memory,
+        bf16_dense_tflops=fastest / 1e12,
+        memory_gb_per_s=moved / 1e9,
+        nvlink_gb_per_s=0.0,
+        gpus_per_node=1,
+        efficiency={"matrix product": 0.5, "attention": 0.5, "convolution": 0.5, "memory": 0.5},
+        sources={"bf16_dense_tflops": "the fastest recorded operator", "memory_gb_per_s": "the fastest recorded one"},
+        launch_seconds=0.0,  # part of the records' time between operators
+        least_kernel_seconds=0.0,
+        reserved_gib=1.0,
+    )

@@ -1,0 +1,348 @@
+"""Plans a stage: does it fit, how long does it take, what limits it, and which setting is best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dreamllm.planning.batches import DrawnBatches, Load, draw_batches, load_of
+from dreamllm.planning.devices import GIB, Device, gpus
+from dreamllm.planning.estimate import (
+    StepTime,
+    activation_bytes,
+    layout_of,
+    memory_slopes,
+    operators_time,
+    scaled,
+    simulate,
+)
+from dreamllm.planning.records import Records
+from dreamllm.planning.sharding import (
+    PER_PARAMETER,
+    SHARDINGS,
+    Layout,
+    Sharding,
+    Traffic,
+    optimiser_bytes,
+    shards,
+    state_bytes,
+    traffic,
+)
+from dreamllm.profiling.workload import Precision, Recording
+from dreamllm.workloads import model_size
+from dreamllm.workloads import stage as find_stage
+from dreamllm.workloads.stages import PAPER_GPUS
+
+BASE_MICRO_BATCH = 4
+PAPER_GLOBAL_BATCH = 1024
+
+
+class DoesNotFitError(ValueError):
+    """No setting, or not the given one, fits the memory; the message says by how much and what would."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. None lets the search choose."""
+
+    stage: str
+    size: str
+    gpus: int
+    precision: Precision
+    global_batch: int
+    micro_batch: int | None = None
+    sharding: Sharding | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "global_batch", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.global_batch % self.gpus:
+            raise ValueError(
+                f"global_batch {self.global_batch} documents cannot be divided among {self.gpus} GPUs; "
+                f"{math.ceil(self.global_batch / self.gpus) * self.gpus} can"
+            )
+        per_gpu = self.global_batch // self.gpus
+        if self.micro_batch is not None and per_gpu % self.micro_batch:
+            allowed = ", ".join(str(n) for n in range(1, per_gpu + 1) if per_gpu % n == 0)
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide the {per_gpu} documents that each GPU has in a step "
+                f"({self.global_batch} over {self.gpus} GPUs); {allowed} do"
+            )
+
+    def micro_batches(self) -> list[int]:
+        per_gpu = self.global_batch // self.gpus
+        if self.micro_batch is not None:
+            return [self.micro_batch]
+        divisors = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]
+        return [n for n in divisors if n <= 64]
+
+    def shardings(self) -> list[Sharding]:
+        if self.sharding is not None:
+            return [self.sharding]
+        return ["none"] if self.gpus == 1 else list(SHARDINGS)
+
+
+@dataclass
+class Candidate:
+    """A setting by estimate."""
+
+    sharding: Sharding
+    micro_batch: int
+    memory_bytes: float
+    documents_per_second: float
+    fits: bool
+
+
+@dataclass
+class Plan:
+    """The plan of one setting. Bytes are of the fullest GPU, at the peak of the largest of the drawn batches."""
+
+    request: Request
+    device: Device
+    sharding: Sharding
+    micro_batch: int
+    accumulation: int
+    layout: Layout
+    memory: dict[str, float]
+    load: Load
+    largest: Load
+    time: StepTime
+    update_seconds: float
+    traffic: Traffic
+    exposed_seconds: float
+    flops: float
+    considered: list[Candidate] = field(default_factory=list)
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= self.device.usable_bytes
+
+    @property
+    def step_seconds(self) -> float:
+        return self.accumulation * (self.time.seconds + self.exposed_seconds) + self.update_seconds
+
+    @property
+    def documents_per_second(self) -> float:
+        return self.request.global_batch / self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.request.gpus * self.accumulation * self.load.tokens / self.step_seconds
+
+    @property
+    def total_documents(self) -> int:
+        return find_stage(self.request.stage).total_documents
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total_documents / self.request.global_batch)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_seconds / 3600
+
+    @property
+    def share_of_peak(self) -> float:
+        return self.accumulation * self.flops / self.step_seconds / self.device.peak_flops
+
+    @property
+    def papers_share_of_peak(self) -> float | None:
+        """Of 128 A800 in the paper's hours, had they done this plan's work; None where the paper gives no hours."""
+        hours = find_stage(self.request.stage).paper_hours
+        if hours is None or self.request.size != "7b":
+            return None
+        work = self.flops * self.accumulation * self.request.gpus * self.steps
+        return work / (hours * 3600 * PAPER_GPUS * gpus()["a800"].peak_flops)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Seconds of a step by what they are spent on, most first."""
+        seconds = {name: self.accumulation * value for name, value in self.time.by_limit.items()}
+        seconds["communication"] = self.accumulation * self.exposed_seconds
+        seconds["memory"] = seconds.get("memory", 0.0) + self.update_seconds
+        return dict(sorted(((k, v) for k, v in seconds.items() if v), key=lambda item: -item[1]))
+
+
+class Planner:
+    """Evaluates settings of one request on one device. `say` is told what takes seconds."""
+
+    def __init__(
+        self, request: Request, device: Device, records: Records | None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        if device.key == "cpu" and request.gpus != 1:
+            raise ValueError(f"a plan for the cpu is for one process, not {request.gpus}")
+        if device.key != "cpu" and request.precision == "float32":
+            raise ValueError("float32 is planned for the cpu only: on a GPU choose bfloat16 or bfloat16-parameters")
+        self.request, self.device, self.records, self.say = request, device, records, say
+
+    def best(self) -> Plan:
+        """The fastest setting that fits. Raises `DoesNotFitError` when none does."""
+        request = self.request
+        candidates = []
+        shardings = request.shardings()
+        for sharding in [s for s in shardings if not self._hopeless(s)] or shardings[-1:]:
+            candidates += [self._candidate(sharding, micro_batch) for micro_batch in request.micro_batches()]
+        candidates.sort(key=lambda c: (not c.fits, -c.documents_per_second if c.fits else c.memory_bytes))
+        nearest: Plan | None = None
+        for candidate in candidates:
+            plan = self.evaluate(candidate.sharding, candidate.micro_batch)
+            candidate.fits, candidate.memory_bytes = plan.fits, plan.memory_bytes
+            candidate.documents_per_second = plan.documents_per_second
+            if plan.fits:
+                plan.considered = candidates
+                return plan
+            if nearest is None or plan.memory_bytes < nearest.memory_bytes:
+                nearest = plan
+            if len(candidates) > 4 and not any(c.fits for c in candidates):
+                break  # the estimates of the others are larger still
+        assert nearest is not None
+        raise DoesNotFitError(self._what_would_fit(nearest))
+
+    def evaluate(self, sharding: Sharding, micro_batch: int) -> Plan:
+        """The plan of one setting, recorded at its own batches, whether it fits or not."""
+        drawn = self._drawn(micro_batch)
+        typical, found = self._record(sharding, drawn.typical), load_of(drawn.typical)
+        most = drawn.largest(*memory_slopes(typical, found))
+        largest = self._record(sharding, most)
+        mean = scaled(typical, found, drawn.mean)
+        return self._plan(sharding, micro_batch, drawn.mean, load_of(most), mean, largest)
+
+    def _candidate(self, sharding: Sharding, micro_batch: int) -> Candidate:
+        """By scaling one recording."""
+        base = self._drawn(min(BASE_MICRO_BATCH, max(self.request.micro_batches())))
+        recording, found = self._record(sharding, base.typical), load_of(base.typical)
+        drawn = self._drawn(micro_batch)
+        most = load_of(drawn.largest(*memory_slopes(recording, found)))
+        mean, largest = scaled(recording, found, drawn.mean), scaled(recording, found, most)
+        plan = self._plan(sharding, micro_batch, drawn.mean, most, mean, largest)
+        return Candidate(sharding, micro_batch, plan.memory_bytes, plan.documents_per_second, plan.fits)
+
+    def _hopeless(self, sharding: Sharding) -> bool:
+        """Whether the states alone exceed the memory, so that nothing need be recorded."""
+        request, device = self.request, self.device
+        executed = self._executed("shard_grad_op")
+        layout = layout_of(request.stage, request.size, executed)
+        each = PER_PARAMETER[request.precision]
+        pieces = shards(sharding, request.gpus, device.gpus_per_node)
+        return layout.trained * (each.weight + each.gradient + each.moments) / pieces > device.usable_bytes
+
+    def _plan(
+        self,
+        sharding: Sharding,
+        micro_batch: int,
+        mean_load: Load,
+        largest_load: Load,
+        mean: Recording,
+        largest: Recording,
+    ) -> Plan:
+        request, device = self.request, self.device
+        accumulation = request.global_batch // request.gpus // micro_batch
+        layout = layout_of(request.stage, request.size, self._executed(sharding))
+        passes = [operator for operator in mean.operators if operator.part != "optimiser"]
+        time = operators_time(passes, device, self.records)
+        if sharding == "none":
+            own = [operator for operator in mean.operators if operator.part == "optimiser"]
+            update = operators_time(own, device, self.records).seconds
+        else:
+            moved = optimiser_bytes(layout, sharding, request.precision, request.gpus, device.gpus_per_node)
+            update = moved / (device.memory_gb_per_s * 1e9 * device.efficiency["memory"])
+        sent = traffic(layout, sharding, request.precision, request.gpus, device, accumulation)
+        hidden_forward = time.by_phase.get("forward", 0.0)
+        hidden_backward = time.by_phase.get("backward", 0.0)
+        exposed = sent.first + max(0.0, sent.forward - hidden_forward) + max(0.0, sent.backward - hidden_backward)
+        return Plan(
+            request,
+            device,
+            sharding,
+            micro_batch,
+            accumulation,
+            layout,
+            self._memory(sharding, layout, largest),
+            mean_load,
+            largest_load,
+            time,
+            update,
+            sent,
+            exposed,
+            mean.flops,
+        )
+
+    def _memory(self, sharding: Sharding, layout: Layout, recording: Recording) -> dict[str, float]:
+        request = self.request
+        if sharding == "none":
+            held = recording.held_bytes
+            memory: dict[str, float] = {k: held[k] for k in ("parameters", "gradients", "optimiser", "frozen parts")}
+        else:
+            memory = state_bytes(layout, sharding, request.precision, request.gpus, self.device.gpus_per_node)
+        for kind, size in activation_bytes(recording).items():
+            memory[kind] = memory.get(kind, 0.0) + size
+        return {kind: size for kind, size in memory.items() if size}
+
+    def _executed(self, sharding: Sharding) -> Precision:
+        """How the passes compute: with sharding, the weights are gathered in bfloat16 instead of cast."""
+        precision = self.request.precision
+        return "bfloat16 parameters" if precision == "bfloat16" and sharding != "none" else precision
+
+    def _drawn(self, micro_batch: int) -> DrawnBatches:
+        return draw_batches(self.request.stage, self.request.size, micro_batch)
+
+    def _record(self, sharding: Sharding, documents: list) -> Recording:
+        executed = self._executed(sharding)
+        self.say(f"recording a step of {len(documents)} documents, {load_of(documents).tokens:.0f} tokens")
+        return simulate(self.request.stage, self.request.size, executed, documents)
+
+    def _what_would_fit(self, nearest: Plan) -> str:
+        request, device = self.request, self.device
+        over = nearest.memory_bytes - device.usable_bytes
+        lines = [
+            f"{request.stage} of the {request.size} model does not fit on {request.gpus} x {device.name}: sharding "
+            f"{nearest.sharding} with micro_batch {nearest.micro_batch} needs {_size(nearest.memory_bytes)} per "
+            f"GPU, {_size(over)} more than the {_size(device.usable_bytes)} that can be used. It needs "
+            + ", ".join(f"{_size(size)} for {kind}" for kind, size in _largest(nearest.memory))
+        ]
+        fitting = self._fitting_alternative()
+        lines.append(
+            f"What would fit: {fitting}" if fitting else "No number of these GPUs fits it; a smaller size would"
+        )
+        return ". ".join(lines)
+
+    def _fitting_alternative(self) -> str | None:
+        """The smallest change of setting or number of GPUs that fits."""
+        request, device = self.request, self.device
+        if device.key == "cpu":
+            return None
+        counts = [request.gpus, *(n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > request.gpus)]
+        for count in counts:
+            for sharding in SHARDINGS[1:] if count > 1 else ("none",):
+                asked = Request(request.stage, request.size, count, request.precision, count, None, sharding)
+                if Planner(asked, device, self.records).evaluate(sharding, 1).fits:
+                    return f"{count} GPU{'s' if count > 1 else ''} with sharding {sharding} and micro_batch 1"
+        return None
+
+
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / GIB:.1f} GiB" if bytes_ >= 0.1 * GIB else f"{bytes_ / 2**20:.1f} MiB"
+
+
+def _largest(memory: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(memory.items(), key=lambda item: -item[1])[:3]
+
+
+def make_plan(
+    request: Request, device: Device, records: Records | None = None, say: Callable[[str], None] = lambda _: None
+) -> Plan:
+    """The best plan for `request`, or the plan of the setting that it gives.
+
+    Raises `ValueError` for an unknown stage or size and for impossible numbers, `DoesNotFitError` (a `ValueError`) when
+    the memory does not suffice.
+    """
+    find_stage(request.stage)
+    model_size(request.size)
+    return Planner(request, device, records, say).best()
