@@ -120,4 +120,7 @@ DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
   return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
 }
 
+// The instruction's 12 bits would be too few.
+DK_INLINE Vec approximate_reciprocal(Vec a) { return Vec(1.0f) / a; }
+
 }  // namespace dreamkernels::DK_ISA

@@ -120,4 +120,6 @@ DK_INLINE Vec dot(Pairs a, Pairs b, Vec c) {
 }
 #endif
 
+DK_INLINE Vec approximate_reciprocal(Vec a) { return Vec(_mm512_rcp14_ps(a.v)); }
+
 }  // namespace dreamkernels::DK_ISA

@@ -186,4 +186,6 @@ DK_INLINE Vec dot(const Pairs& a, const Pairs& b, const Vec& c) {
   return fma(first_of(a), first_of(b), fma(second_of(a), second_of(b), c));
 }
 
+DK_INLINE Vec approximate_reciprocal(Vec a) { return Vec(1.0f) / a; }
+
 }  // namespace dreamkernels::DK_ISA
