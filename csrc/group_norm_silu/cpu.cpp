@@ -11,24 +11,26 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-// Whether x lies channels last (torch.channels_last or channels_last_3d) and not row-major. Then its copy below is itself.
+// Whether x lies channels last (torch.channels_last or channels_last_3d), with or without gaps, and not row-major. layout_of in
+// dreamkernels/ops/group_norm_silu decides alike.
 bool channels_last(const Tensor& x) {
-  if (x.is_contiguous() || (x.dim() != 4 && x.dim() != 5)) return false;
-  std::vector<int64_t> order;  // dimensions from the innermost to the outermost
-  order.push_back(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) order.push_back(d);
-  order.push_back(0);
-  int64_t expected = 1;
-  for (int64_t d : order) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
+  if (x.is_contiguous() || (x.dim() != 4 && x.dim() != 5) || x.size(1) == 1 || x.stride(1) != 1) return false;
+  int64_t inner = x.size(1);  // least stride of the next dimension, from the innermost to the outermost
+  const auto fits = [&](int64_t d) {
+    if (x.size(d) == 1) return true;
+    const bool fitting = x.stride(d) >= inner;
+    inner = x.stride(d);
+    return fitting;
+  };
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    if (!fits(d)) return false;
   }
-  return true;
+  return fits(0);
 }
 
+// x itself where it lies so without gaps.
 Tensor in_format(const Tensor& x, bool last) {
   if (!last) return row_major(x);
-  if (channels_last(x)) return x;
   return torch::stable::contiguous(x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }
 
@@ -167,14 +169,15 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, std::optional<Tenso
   return {y, mean, rstd};
 }
 
-// Room for the gradient before the activation, one group of floats per thread, where that stays in the second-level cache.
+// Room for the gradient before the activation, one group of floats per thread, where that stays in the second-level cache. float32 has
+// it in grad_x.
 void run_backward_first(Element element, const Job& job, int64_t samples) {
   constexpr int64_t largest_room = 131072;
   const int64_t elements = job.channels / job.groups * job.positions;
   const auto kernel = DK_FOR_ACTIVE_ISA(backward_first);
   torch::stable::parallel_for(0, samples * job.groups, row_grain(4 * elements), [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> room;
-    if (job.silu && job.grad_x && elements <= largest_room) room.reset(new float[elements]);
+    if (element != Element::float32 && job.silu && job.grad_x && elements <= largest_room) room.reset(new float[elements]);
     kernel(element, job, room.get(), begin, end);
   });
 }

@@ -27,7 +27,8 @@ struct Job {
   int64_t blocks() const { return (positions + positions_per_block - 1) / positions_per_block; }
 };
 
-// Channels first: one task per sample and group. The backward takes room for one group of floats where it is worth it, or null.
+// Channels first: one task per sample and group. The backward of 16-bit elements takes room for one group of floats
+// where it is worth it, or null.
 DK_DECLARE_KERNEL(forward_first, (Element element, const Job& job, int64_t begin_task, int64_t end_task))
 DK_DECLARE_KERNEL(backward_first, (Element element, const Job& job, float* room, int64_t begin_task, int64_t end_task))
 

@@ -133,6 +133,17 @@ def test_the_layout_is_kept_and_a_gradient_in_the_other_one_is_taken(layout):
     assert torch.equal(*results)
 
 
+def test_a_slice_of_channels_last_stays_channels_last():
+    wide = torch.randn(2, 40, 6, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    x = wide[:, 8:32].requires_grad_()
+    assert not x.is_contiguous(memory_format=torch.channels_last)
+    y = group_norm_silu(x, 4)
+    (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert grad_x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, group_norm_silu(x.contiguous(memory_format=torch.channels_last), 4))
+
+
 def test_strided_and_misaligned_inputs():
     x = torch.randn(2, 6, 5, 24).permute(0, 3, 2, 1)[:, :, ::2].requires_grad_()
     weight = torch.randn(48)[::2].requires_grad_()
@@ -143,8 +154,8 @@ def test_strided_and_misaligned_inputs():
 
 
 def test_large_groups_take_the_gradient_without_a_buffer():
-    """More elements than a thread's buffer holds: the sigmoid is computed again."""
-    x, weight, bias, _ = inputs((1, 3, 300, 301), torch.float32)
+    """More elements than a thread's buffer holds: the sigmoid is computed again. (float32 needs no buffer.)"""
+    x, weight, bias, _ = inputs((1, 3, 300, 301), torch.bfloat16)
     assert_close_to_float64(ours(1), reference(1), lambda: [x, weight, bias])
 
 
@@ -175,7 +186,12 @@ def test_registration(layout):
     operator = OPERATORS["group_norm_silu"]
     check_operator(
         operator.overloads["default"],
-        [(x, shift, weight, bias, 3, 1e-5, True), (x.transpose(2, 3).detach(), None, None, None, 4, 1e-5, False)],
+        [
+            (x, shift, weight, bias, 3, 1e-5, True),
+            (x.transpose(2, 3).detach(), None, None, None, 4, 1e-5, False),
+            (x.detach()[:, ::2], None, None, None, 2, 1e-5, True),
+            (x.detach()[:, 4:], None, None, None, 2, 1e-5, True),
+        ],
     )
     plain = [t.detach() for t in (x, shift, weight, bias)]
     check_operator(operator.overloads["inference"], [(*plain, 3, 1e-5, True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,14 @@ _TRITON = "dreamkernels.ops.group_norm_silu.triton"
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """The memory format that x is computed in, and its results have: channels last where x lies so, else row-major."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
+    """The memory format that x is computed in, and its results have: channels last where x lies so (with gaps, as a
+    slice of channels does, or without), else row-major. csrc/group_norm_silu/cpu.cpp decides alike."""
+    if x.is_contiguous() or x.dim() not in (4, 5) or x.shape[1] == 1 or x.stride(1) != 1:
+        return torch.contiguous_format
+    outer = [x.stride(d) for d in (0, *range(2, x.dim())) if x.shape[d] != 1]
+    if any(stride < following for stride, following in itertools.pairwise(outer)) or (outer and outer[-1] < x.shape[1]):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _fake(x, shift, weight, bias, groups, eps, silu):
@@ -154,7 +156,7 @@ def group_norm_silu(
 
     Args:
         x: [N, C, ...], float32, bfloat16 or float16. Row-major, or torch.channels_last (channels_last_3d), which y and
-            the gradient of x then keep; any other strides are copied to row-major first.
+            the gradient of x then keep; a slice of its channels is copied to it, any other strides to row-major.
         groups: divides C.
         weight: [C], dtype and device of x; None: ones.
         bias: [C], dtype and device of x; None: zeros.
