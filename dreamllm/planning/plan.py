@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -307,20 +308,36 @@ class Planner:
             f"GPU, {_size(over)} more than the {_size(device.usable_bytes)} that can be used. It needs "
             + ", ".join(f"{_size(size)} for {kind}" for kind, size in _largest(nearest.memory))
         ]
-        fitting = self._fitting_alternative()
+        fitting = self._fitting_setting(nearest) or self._fitting_number()
         lines.append(
             f"What would fit: {fitting}" if fitting else "No number of these GPUs fits it; a smaller size would"
         )
         return ". ".join(lines)
 
-    def _fitting_alternative(self) -> str | None:
-        """The smallest change of setting or number of GPUs that fits."""
+    def _fitting_setting(self, nearest: Plan) -> str | None:
+        """With the same GPUs, where a setting was given: a smaller micro-batch, another sharding."""
+        request = self.request
+        found = []
+        if request.micro_batch is not None:
+            smaller = [n for n in range(1, request.micro_batch) if request.micro_batch % n == 0]
+            fitting = (n for n in reversed(smaller) if self.evaluate(nearest.sharding, n).fits)
+            found += [f"micro_batch {n} with sharding {nearest.sharding}" for n in itertools.islice(fitting, 1)]
+        if request.sharding is not None and request.gpus > 1:
+            others = (s for s in SHARDINGS if s != request.sharding and not self._hopeless(s))
+            fitting_others = (s for s in others if self.evaluate(s, nearest.micro_batch).fits)
+            found += [
+                f"sharding {s} with micro_batch {nearest.micro_batch}" for s in itertools.islice(fitting_others, 1)
+            ]
+        return ", or ".join(found) or None
+
+    def _fitting_number(self) -> str | None:
+        """The least number of GPUs, from the given one on, that fits one document each."""
         request, device = self.request, self.device
         if device.key == "cpu":
             return None
         counts = [request.gpus, *(n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > request.gpus)]
         for count in counts:
-            for sharding in SHARDINGS[1:] if count > 1 else ("none",):
+            for sharding in SHARDINGS[1:] if count > 1 else SHARDINGS[:1]:
                 asked = Request(request.stage, request.size, count, request.precision, count, None, sharding)
                 if Planner(asked, device, self.records).evaluate(sharding, 1).fits:
                     return f"{count} GPU{'s' if count > 1 else ''} with sharding {sharding} and micro_batch 1"

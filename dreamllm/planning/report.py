@@ -29,6 +29,8 @@ def show(plan: Plan, console: Console) -> None:
     stage = find_stage(request.stage)
     say(console, f"{stage.kind} ({stage.summary})")
     say(console, f"{request.size} on {request.gpus} x {device.name}, {request.precision}")
+    if not plan.time.measured_share:
+        say(console, "time is predicted from limits and assumed efficiencies: nothing was measured on this device")
     say(console, "")
     console.print(_setting(plan))
     say(console, "")
@@ -44,6 +46,9 @@ def show(plan: Plan, console: Console) -> None:
         console.print(_considered(plan))
     say(console, "")
     console.print(_paper(plan))
+    share = plan.papers_share_of_peak
+    if share is not None:
+        say(console, f"the paper's {stage.paper_hours} hours for this plan's work would be {100 * share:.1f}% of peak")
     say(console, "")
     for line in assumptions(plan):
         say(console, f"- {line}")
@@ -125,7 +130,11 @@ def _limits(plan: Plan) -> Table:
 
 def _considered(plan: Plan) -> Table:
     table = _table(
-        ("considered", "left"), ("micro-batch", "right"), ("GiB", "right"), ("documents/s", "right"), ("", "left")
+        ("considered, by estimate", "left"),
+        ("micro-batch", "right"),
+        ("GiB", "right"),
+        ("documents/s", "right"),
+        ("", "left"),
     )
     for candidate in plan.considered[:10]:
         chosen = candidate.sharding == plan.sharding and candidate.micro_batch == plan.micro_batch
@@ -148,9 +157,6 @@ def _paper(plan: Plan) -> Table:
         _hours(plan.hours),
         _hours(plan.hours * plan.request.gpus),
     )
-    share = plan.papers_share_of_peak
-    if share is not None:
-        table.add_row(f"its hours for this plan's work: {100 * share:.1f}% of peak", "", "")
     return table
 
 
@@ -175,8 +181,8 @@ def assumptions(plan: Plan) -> list[str]:
     if share < 1:
         limits = ", ".join(f"{kind} {100 * value:.0f}%" for kind, value in device.efficiency.items())
         lines.append(
-            f"time: not measured on this device. Limits: {device.bf16_dense_tflops:.4g} TFLOP/s, "
-            f"{device.memory_gb_per_s:.4g} GB/s; of these are reached: {limits}"
+            f"time: limits of {device.bf16_dense_tflops:.4g} TFLOP/s, "
+            f"{device.memory_gb_per_s:.4g} GB/s, of which are reached: {limits}"
         )
         lines += [f"{name}: {source}" for name, source in device.sources.items() if name.startswith("efficiency")]
     lines.append("reading and decoding of data is taken to keep up; nothing is recomputed in the backward pass")

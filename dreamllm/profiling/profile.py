@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,7 +28,8 @@ TRACE = "trace.json"
 
 @dataclass
 class Profile:
-    """What was measured. Seconds are medians over `steps` steps that nothing observed; the recording is of one more."""
+    """What was measured. Seconds are medians over `steps` steps that nothing observed; those of the operators in
+    `recording` over as many that were recorded."""
 
     workload: str
     size: str
@@ -70,7 +70,7 @@ def profile_workload(
     config = stage_config(workload, size, documents_per_step, seed=seed)
     loader = batches(config, make_processor(size), seed)
     step = prepare(size, config, precision, device, seed=seed)
-    with StageProgress(console or Console(quiet=True), f"profiling {config.name} {size}", steps + 4, 0) as progress:
+    with StageProgress(console or Console(quiet=True), f"profiling {config.name} {size}", 2 * steps + 3, 0) as progress:
 
         def ran() -> None:
             progress.advance()
@@ -82,8 +82,7 @@ def profile_workload(
         with HostSynchronisations() as waits:
             step.run([batch])
         ran()
-        recording = step.record(batch, batch.cu_seqlens.diff().tolist(), timed=True)
-        ran()
+        recordings = [_recorded(step, batch, ran) for _ in range(steps)]
         trace = None if out is None else _write_trace(step, batch, out / TRACE)
         ran()
     return Profile(
@@ -96,7 +95,7 @@ def profile_workload(
         count([batch]),
         statistics.median(times),
         data_seconds,
-        recording,
+        _typical(recordings),
         waits.summary(),
         trace,
     )
@@ -112,13 +111,29 @@ def _load(loader: Batches, device: str) -> tuple[float, PackedBatch]:
     return statistics.median(seconds), loaded.batch.to(device)
 
 
-def _timed(step: PreparedStep, batch: PackedBatch, done: Any) -> float:
+def _timed(step: PreparedStep, batch: PackedBatch, done: Callable[[], None]) -> float:
     _wait(step)
     begin = time.perf_counter()
     step.run([batch])
     _wait(step)
     done()
     return time.perf_counter() - begin
+
+
+def _recorded(step: PreparedStep, batch: PackedBatch, done: Callable[[], None]) -> Recording:
+    recording = step.record(batch, batch.cu_seqlens.diff().tolist(), timed=True)
+    done()
+    return recording
+
+
+def _typical(recordings: Sequence[Recording]) -> Recording:
+    """The last one, with the median of each operator's seconds: a machine's hiccup hits one recording only."""
+    seconds = [{(op.signature, op.part, op.phase): op.seconds for op in each.operators} for each in recordings]
+    operators = [
+        replace(op, seconds=statistics.median(each[op.signature, op.part, op.phase] for each in seconds))
+        for op in recordings[-1].operators
+    ]
+    return replace(recordings[-1], operators=operators)
 
 
 def _wait(step: PreparedStep) -> None:

@@ -247,7 +247,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     assert "with micro_batch 8 needs" in message
     over = evaluate("full_shard", 8).memory_bytes - 1.1 * enough
     assert f"{over / 2**20:.1f} MiB more than the {1.1 * enough / 2**20:.1f} MiB that can be used" in message
-    assert "What would fit: 16 GPUs with sharding" in message
+    assert "What would fit: micro_batch 1 with sharding full_shard" in message
+    with pytest.raises(DoesNotFitError, match=r"What would fit: \d+ GPUs with sharding \w+ and micro_batch 1"):
+        make_plan(request(gpus=1, global_batch=1), small)
     nothing = replace(A800, memory_gib=3.0 + 1e-6)
     with pytest.raises(DoesNotFitError, match="No number of these GPUs fits it"):
         make_plan(request(), nothing)
@@ -260,8 +262,8 @@ def test_the_paper_is_beside_the_plan():
     for hours, gpu_hours in (("6.0", "768"), ("10.0", "1,280"), ("1.5", "192")):
         line = next(line for line in shown.splitlines() if gpu_hours in line.split() and hours in line.split())
         assert line.startswith("stage")
-    assert "not measured on this device" in shown
-    assert "efficiency.matrix product: as A100" in shown
+    assert "nothing was measured on this device" in shown
+    assert "efficiency.matrix product: assumption; with it" in shown
 
 
 def test_the_command_prints_json(capsys):
