@@ -3,7 +3,8 @@
 PyTorch brings a weight into oneDNN's blocked layout in every call and adds the bias of a float32 linear layer in a pass
 of its own. With small batches of pictures the reordering costs as much as the convolution. Here the reordered weight
 stays, a residual is added while the result is written, and the gradient of the input is again such a product, with the
-transposed weight. Nothing but the input gets a gradient. Elsewhere, and in other dtypes, torch's own product runs.
+transposed weight. Nothing but the input gets a gradient. Under autocast the weights are cast once. Elsewhere,
+and in other dtypes, torch's own product runs.
 
     conv = FrozenConv2d(module)
     y = conv(x)                 # module(x)
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["FrozenConv2d", "FrozenLinear", "why_not_frozen", "why_not_packed"]
 
@@ -68,7 +70,7 @@ class _Frozen:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self._layouts: dict[str, Tensor] = {}
+        self._layouts: dict[tuple[str, torch.dtype], Tensor] = {}
         self._seen: tuple = ()
 
     def layout(self, kind: str, x: Tensor) -> Tensor:
@@ -76,30 +78,35 @@ class _Frozen:
         if seen != self._seen:
             self._layouts.clear()
             self._seen = seen
-        if kind not in self._layouts:
+        key = (kind, x.dtype)
+        if key not in self._layouts:
             with torch.no_grad():
-                self._layouts[kind] = self._make(kind, x)
-        return self._layouts[kind]
+                self._layouts[key] = self._make(kind, x.dtype)
+        return self._layouts[key]
+
+    def bias_like(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.detach().to(x.dtype)
 
     def refresh(self) -> None:
         """Forgets the layouts; needed after a change through `.data` only, others are noticed."""
         self._layouts.clear()
 
-    def _make(self, kind: str, x: Tensor) -> Tensor:
+    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether x can take the fast way: what else there is (autocast, tracing, another dtype) runs torch's own."""
-        return (
-            x.dtype == self.weight.dtype
-            and x.device == self.weight.device
-            and x.device.type == "cpu"
+    def _dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype in which x takes the fast way; None where torch's own product runs."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        fast = (
+            x.device.type == self.weight.device.type == "cpu"
+            and (x.dtype == dtype or torch.is_autocast_enabled("cpu"))
             and x.numel() > 0
-            and _supports(x.dtype)
+            and _supports(dtype)
             and not (self.weight.requires_grad and torch.is_grad_enabled())
             and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
+            and not is_in_torch_dispatch_mode()  # tracers, and those who count, know torch's own products only
         )
+        return dtype if fast else None
 
 
 class _Product(torch.autograd.Function):
@@ -116,7 +123,9 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 
-def _run(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def _run(layer: Any, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    residual = None if residual is None else residual.to(dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         return _Product.apply(x, residual, layer)
     return layer.forward(x, residual)
@@ -152,34 +161,39 @@ class FrozenLinear(_Frozen):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in], residual [..., out] -> [..., out]; several layers' results side by side."""
+        if torch.is_grad_enabled() and any(p.requires_grad for module in self._modules for p in module.parameters()):
+            y = torch.cat([F.linear(x, module.weight, module.bias) for module in self._modules], dim=-1)
+            return y if residual is None else y + residual
         if self._sources:
             now = tuple(_version(parameter) for module in self._modules for parameter in module.parameters())
             if now != self._sources:
                 self.refresh()
         elif self._modules[0].weight is not self.weight:
             self.refresh()
-        if not self._ready(x):
+        dtype = self._dtype(x)
+        if dtype is None:
             y = F.linear(x, self.weight, self.bias)
             return y if residual is None else y + residual
-        return _run(self, x, residual)
+        return _run(self, x, residual, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         weight = self.layout("product", rows)
         if residual is None:
-            y = _MKLDNN._linear_pointwise(rows, weight, self.bias, "none", [], "")
+            y = _MKLDNN._linear_pointwise(rows, weight, self.bias_like(x), "none", [], "")
         else:
             add = residual.reshape(-1, residual.shape[-1])
-            y = _MKLDNN._linear_pointwise.binary(rows, add, weight, self.bias, "add")
+            y = _MKLDNN._linear_pointwise.binary(rows, add, weight, self.bias_like(x), "add")
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         return _MKLDNN._linear_pointwise(rows, self.layout("gradient", rows), None, "none", [], "").view(shape)
 
-    def _make(self, kind: str, x: Tensor) -> Tensor:
-        weight = self.weight.detach() if kind == "product" else self.weight.detach().t()
-        return _MKLDNN._reorder_linear_weight(weight.contiguous(), x.shape[0])
+    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+        weight = self.weight.detach().to(dtype)
+        weight = weight if kind == "product" else weight.t()
+        return _MKLDNN._reorder_linear_weight(weight.contiguous())
 
 
 class FrozenConv2d(_Frozen):
@@ -204,10 +218,11 @@ class FrozenConv2d(_Frozen):
         """x [B, C, h, w], residual [B, O, h', w'] -> [B, O, h', w']."""
         if self._module.weight is not self.weight:
             self.weight, self.bias = self._module.weight, self._module.bias
-        if not self._ready(x) or x.dim() != 4:
+        dtype = self._dtype(x) if x.dim() == 4 else None
+        if dtype is None:
             y = self._module._conv_forward(x, self.weight, self.bias)
             return y if residual is None else y + residual
-        return _run(self, x, residual)
+        return _run(self, x, residual, dtype)
 
     def _convolve(self, x: Tensor, residual: Tensor | None, kind: str, bias: Tensor | None, padding: list) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -219,22 +234,23 @@ class FrozenConv2d(_Frozen):
         return _MKLDNN._convolution_pointwise.binary(x, residual, weight, bias, *shape, "add", 1.0, None, [], None)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self._convolve(x, residual, "product", self.bias, self._padding)
+        return self._convolve(x, residual, "product", self.bias_like(x), self._padding)
 
     def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
         if self._mirrors:
             return self._convolve(grad_y, None, "gradient", None, self._mirrored_padding)
         x = torch.empty(shape, dtype=grad_y.dtype, memory_format=torch.channels_last)
-        return torch.ops.aten.convolution_backward(
-            grad_y, x, self.weight, None, self._stride, self._padding, self._dilation, False, [0, 0], self._groups,
-            [True, False, False],
-        )[0]  # fmt: skip
+        shape_of = (self._stride, self._padding, self._dilation, False, [0, 0], self._groups)
+        weight = self.weight.to(grad_y.dtype)
+        return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *shape_of, [True, False, False])[0]
 
-    def _make(self, kind: str, x: Tensor) -> Tensor:
-        weight, padding = self.weight.detach(), self._padding
+    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+        weight, padding = self.weight.detach().to(dtype), self._padding
         if kind == "gradient":
             weight, padding = weight.flip(2, 3).transpose(0, 1), self._mirrored_padding
         weight = weight.contiguous(memory_format=torch.channels_last)
-        return _MKLDNN._reorder_convolution_weight(
-            weight, padding, self._stride, self._dilation, self._groups, list(x.shape)
-        )
+        # For pictures of one size, whatever the first ones are: the layout decides the order of summation, and a result
+        # must not depend on what came before.
+        sides = [8 + d * (k - 1) for d, k in zip(self._dilation, weight.shape[2:], strict=True)]
+        shape = [4, weight.shape[1] * self._groups, *sides]
+        return _MKLDNN._reorder_convolution_weight(weight, padding, self._stride, self._dilation, self._groups, shape)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen, why_not_packed
 from tests.support.operators import assert_close_to_float64, dtype_name
@@ -136,6 +137,25 @@ def test_changes_of_the_weight_are_noticed(make):
     same()
 
 
+def test_layers_that_are_trained_again_get_their_gradients():
+    modules = [frozen(nn.Linear(6, 6)), frozen(nn.Linear(6, 6)), frozen(nn.Conv2d(6, 6, 3))]
+    layers = [FrozenLinear(modules[0]), FrozenLinear(*modules[:2]), FrozenConv2d(modules[2])]
+    for module, layer in zip(modules, layers, strict=True):
+        module.requires_grad_(True)
+        layer(torch.randn(1, 6, 6, 6)).sum().backward()
+        assert module.weight.grad is not None
+
+
+def test_results_do_not_depend_on_what_came_before():
+    x = torch.randn(3, 64, 8, 8)
+    for make in (lambda: nn.Conv2d(64, 64, 3, padding=1), lambda: nn.Linear(8, 64)):
+        module = frozen(make())
+        kind = FrozenConv2d if isinstance(module, nn.Conv2d) else FrozenLinear
+        fresh, used = kind(module), kind(module)
+        used(torch.randn(1, 64, 2, 8))
+        assert torch.equal(fresh(x), used(x))
+
+
 def test_batches_of_other_sizes_and_none():
     module = frozen(nn.Conv2d(4, 5, 3, padding=1))
     layer = FrozenConv2d(module)
@@ -148,12 +168,29 @@ def test_batches_of_other_sizes_and_none():
         torch.testing.assert_close(FrozenLinear(linear)(x), linear(x))
 
 
-def test_autocast_and_compile_run_the_module_itself():
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv2d(8, 8, 3, padding=1, stride=2)])
+def test_autocast_casts_as_the_module_does(make):
+    module = frozen(make())
+    layer = FrozenConv2d(module) if isinstance(module, nn.Conv2d) else FrozenLinear(module)
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+
+    def run(function):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), x)
+
+    for ours, theirs in zip(run(layer), run(module), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_tracers_and_counters_see_the_module_itself():
     module = frozen(nn.Linear(8, 8))
     layer, x = FrozenLinear(module), torch.randn(3, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(torch.compile(layer.__call__, backend="eager", fullgraph=True)(x), module(x))
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 3 * 8 * 8
 
 
 def test_layers_may_come_from_meta_and_change_their_dtype():

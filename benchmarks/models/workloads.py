@@ -104,7 +104,6 @@ def _generator() -> torch.Generator:
 
 def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: bool) -> Call:
     optimizer = make_optimizer(prepare_model(model, stage), stage)
-    model.use_fused_pictures()
     generator = _generator()
     if cached:
         assert batch.target_pixel_values is not None
@@ -199,7 +198,6 @@ def drawing_case(
     if compiled:
         patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
     ours.requires_grad_(False)
-    ours.use_fused_pictures(frozen=True)
     engine = Engine(ours, processor)
     drawing = DrawingOptions(steps=steps, guidance_scale=guidance_scale, candidates=candidates)
     options = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)

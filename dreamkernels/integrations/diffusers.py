@@ -73,6 +73,9 @@ class DiffusersReport(Report):
             raise ValueError(f"this UNet takes no DreamCondition: {plan.unet_obstacle or 'it has no cross-attention'}")
         modules: list[Any] = list(plan.layer_numbers)
         if all(_plain_projections(module) for module in modules):
+            if plan.condition_projection is not None:
+                states = states if projector is None else _project(states, projector)
+                return DreamCondition(plan.condition_projection(states), plan.layers)
             parts = [(module.to_k.weight, module.to_v.weight, module.heads) for module in modules]
             if not any(key.requires_grad or value.requires_grad for key, value, _ in parts):
                 return condition_kv(states, ConditionWeights.concatenate(parts), projector)
@@ -91,16 +94,25 @@ class DiffusersReport(Report):
             raise ValueError(f"this UNet takes no time table: {plan.unet_obstacle}")
         return unets.time_table(unet, timesteps)
 
+    def takes_conditions(self, unet: Any) -> bool:
+        """Whether a UNet that was optimised takes a `DreamCondition` now: other attention processors do not."""
+        plan = self._plans.get(unet)
+        return plan is not None and plan.layers is not None and all(map(layout.attends_plainly, plan.layer_numbers))
+
+    def takes_time_tables(self, unet: Any) -> bool:
+        """Whether a UNet that was optimised takes the rows of a `TimeTable`."""
+        return unet in self._plans and not (self._plans[unet].unet_obstacle or unets.why_not_tabulated(unet))
+
     def refresh(self) -> None:
         """Forgets everything that was kept from weights: packed layers, merged projections, cached keys and values.
 
         Only a change through `.data` or shared memory needs it; other changes are noticed.
         """
         for plan in self._plans.values():
-            for layer in (*plan.frozen.values(), *plan.merged.values()):
-                layer.refresh()
-            if plan.time_projection is not None:
-                plan.time_projection.refresh()
+            joined = (plan.time_projection, plan.condition_projection)
+            for layer in (*plan.frozen.values(), *plan.merged.values(), *joined):
+                if layer is not None:
+                    layer.refresh()
             for cache in plan.caches.values():
                 cache.clear()
 
@@ -316,6 +328,11 @@ class _Optimizer:
         activated = all(not resnet.skip_time_act and type(resnet.nonlinearity) is nn.SiLU for resnet in resnets)
         if self.frozen and activated and not any(map(why_not_frozen, projections)):
             plan.time_projection = FrozenLinear(*projections)
+        keys_values = [part for module in layers for part in (module.to_k, module.to_v)]
+        widths = {getattr(part, "in_features", None) for part in keys_values}
+        joinable = len(widths) == 1 and all(_plain_projections(module) for module in layers)
+        if self.frozen and joinable and not any(map(why_not_frozen, keys_values)):
+            plan.condition_projection = FrozenLinear(*keys_values)
         self._patch("", unet, unets.unet_forward, "conditions and time tables, shared guided prefix")
 
 

@@ -87,14 +87,17 @@ def why_not_walked(unet: Any) -> str:
     return ""
 
 
+def why_not_tabulated(unet: Any) -> str:
+    """Why a schedule's time embeddings cannot be made before the pictures, or ""."""
+    if unet.config.addition_embed_type is not None or unet.class_embedding is not None:
+        return "its time embedding depends on the prompt or the class, too"
+    return ""
+
+
 def time_table(unet: Any, timesteps: Tensor) -> TimeTable:
     """All ResNet blocks' projected time embeddings for the time steps [steps] of a schedule."""
-    config = unet.config
-    if config.addition_embed_type is not None or unet.class_embedding is not None:
-        raise ValueError(
-            "this UNet's time embedding depends on the prompt or the class, too, so it cannot be tabulated for a "
-            "schedule; give the time steps themselves"
-        )
+    if reason := why_not_tabulated(unet):
+        raise ValueError(f"this UNet takes no time table: {reason}; give the time steps themselves")
     if timesteps.dim() != 1:
         raise ValueError(f"timesteps {list(timesteps.shape)} must be [steps]")
     with torch.no_grad():

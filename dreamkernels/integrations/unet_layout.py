@@ -38,8 +38,8 @@ class Plan:
 
     `frozen`: layers whose weights do not change. `merged`: the query, key and value projections of a self-attention as
     one product. `layer_numbers` and `layers`: a UNet's cross-attention layers, in the order in which they run.
-    `time_projection`: all ResNet blocks' time projections as one product. `unet_obstacle`: why the UNet keeps its own
-    forward.
+    `time_projection`: all ResNet blocks' time projections as one product. `condition_projection`: all
+    cross-attention layers' keys and values as one. `unet_obstacle`: why the UNet keeps its own forward.
     """
 
     frozen: dict[nn.Module, FrozenLinear | FrozenConv2d] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class Plan:
     layers: tuple[ConditionLayer, ...] | None = None
     unet_obstacle: str = ""
     time_projection: FrozenLinear | None = None
+    condition_projection: FrozenLinear | None = None
 
     def add(self, module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
         """module(x) + residual."""
@@ -71,7 +72,8 @@ def doubled(x: Tensor, pictures: int) -> Tensor:
 def group_norm(module: nn.GroupNorm, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor:
     if shift is not None and shift.shape[0] != x.shape[0]:
         shift = shift.expand(x.shape[0], -1) if shift.shape[0] == 1 else doubled(shift, x.shape[0])
-    return group_norm_silu(x, module.num_groups, module.weight, module.bias, module.eps, activation, shift)
+    weight, bias, shift = (None if part is None else part.to(x.dtype) for part in (module.weight, module.bias, shift))
+    return group_norm_silu(x, module.num_groups, weight, bias, module.eps, activation, shift)
 
 
 def group_norm_forward(plan: Plan, module: nn.GroupNorm, input: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ def identity_forward(plan: Plan, module: nn.Module, input: Tensor) -> Tensor:
 
 
 def layer_norm_forward(plan: Plan, module: nn.LayerNorm, input: Tensor) -> Tensor:
-    return layer_norm(input, module.weight, module.bias, module.eps)
+    weight, bias = (None if part is None else part.to(input.dtype) for part in (module.weight, module.bias))
+    return layer_norm(input, weight, bias, module.eps)
 
 
 def resnet_forward(
@@ -240,7 +243,8 @@ def _cross_attention(plan: Plan, module: Any, x: Tensor, condition: Any, residua
     prepared = isinstance(condition, DreamCondition)
     if not attends_plainly(module):
         condition = _tensor_condition(condition, f"a {type(module.processor).__name__}")
-        return module(x, encoder_hidden_states=condition) + residual
+        pictures = condition.shape[0]
+        return module(doubled(x, pictures), encoder_hidden_states=condition) + doubled(residual, pictures)
     q = module.to_q(x).unflatten(2, (module.heads, -1))
     if not prepared:
         k, v = plan.caches.setdefault(module, ConditionCache()).key_value(module, condition)

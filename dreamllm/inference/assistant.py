@@ -110,8 +110,7 @@ def load(
     """Loads a model folder (as training and `dreamllm convert` write it).
 
     `dtype` is that of the weights, e.g. "bfloat16"; `batch_size` as in `Engine`; `fused_operators` as in
-    `DreamLLM.use_fused_operators` and `use_fused_pictures`. No parameter requires a gradient. Raises `CheckpointError`
-    naming the files that are missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError`
+    `DreamLLM.use_fused_operators`. No parameter requires a gradient. Raises `CheckpointError` naming the files that are missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError`
     when there is no such folder.
     """
     if dtype not in _DTYPES:
@@ -126,5 +125,4 @@ def load(
     model = DreamLLM.from_pretrained(folder, dtype=_DTYPES[dtype]).to(device).eval()  # type: ignore[arg-type]
     model.requires_grad_(False)
     model.use_fused_operators(fused_operators)
-    model.use_fused_pictures(fused_operators, frozen=True)
     return Assistant(Engine(model, DreamLLMProcessor.from_pretrained(folder), batch_size))

@@ -6,13 +6,13 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamkernels import FallbackWarning, StepSchedule, UnsupportedScheduler, guided_step, step_schedule
+from dreamkernels import DreamCondition, FallbackWarning, StepSchedule, UnsupportedScheduler, guided_step, step_schedule
 from dreamllm.inference.drawing import DrawingOptions, Progress, build_scheduler, check_seeds, with_steps
 from dreamllm.model import DreamLLM
 from dreamllm.model.codec import decode_latents
@@ -72,9 +72,9 @@ def draw(
         scheduler: any diffusers scheduler, with its own noise schedule and prediction type, in place of
             `options.scheduler`. It is copied, and its time steps are set here.
         on_step: sees the latents of a batch after each step, and may replace them.
-        prepare_condition: for a UNet that takes its conditions prepared: called once per batch with
-            [unconditional | conditional] (or the conditional alone), [B, Q, C] in the UNet's dtype; what it returns is
-            given to the UNet at every step.
+        prepare_condition: called once per batch with [unconditional | conditional] (or the conditional alone),
+            [B, Q, C] in the UNet's dtype; what it returns is given to the UNet at every step. None:
+            `model.prepare_condition`.
         graphs: on CUDA, run the loop as one CUDA graph kept there. Not with on_step, nor with a scheduler that
             `guided_step` does not support; `progress` is told of a whole loop at once.
 
@@ -93,7 +93,10 @@ def draw(
     make = _scheduler_maker(model, options, scheduler)
     first = make()
     steps = len(first.timesteps)  # of some schedulers not options.steps: Heun's method calls the UNet twice per step
-    loop = _Loop(model.unet, options, _schedule_of(first, options, model.device), prepare_condition)
+    prepare = model.prepare_condition if prepare_condition is None else prepare_condition
+    schedule = _schedule_of(first, options, model.device)
+    times = model.prepare_times(_timesteps(first, schedule, model.device))
+    loop = _Loop(model.unet, options, schedule, prepare, times)
     if graphs is not None:
         _check_graphs(model, loop, on_step)
     batches = range(0, count, options.batch_size)
@@ -146,25 +149,20 @@ class _Loop:
     unet: Any
     options: DrawingOptions
     schedule: StepSchedule | None
-    prepare_condition: Callable[[Tensor], Any] | None
-    timesteps: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.schedule is not None:  # on the device once, so that no step copies its own there
-            self.timesteps = torch.tensor(self.schedule.timesteps, device=self.schedule.table.device)
+    prepare_condition: Callable[[Tensor], Any]
+    times: Sequence[Any]  # what the UNet takes as time at each step
 
     @property
     def needs_noise(self) -> tuple[bool, ...]:
         assert self.schedule is not None
         return self.schedule.needs_noise
 
-    def prepared(self, context: Tensor) -> Any:
-        return context if self.prepare_condition is None else self.prepare_condition(context)
-
-    def predict(self, latents: Tensor, timestep: Tensor, prepared: Any) -> Tensor:
+    def predict(self, latents: Tensor, step: int, prepared: Any) -> Tensor:
         """[unconditional | conditional], or the conditional prediction alone."""
         latents = latents.to(self.unet.dtype)
-        return predict(self.unet, torch.cat([latents] * 2) if self.options.guided else latents, timestep, prepared)
+        if self.options.guided and not isinstance(prepared, DreamCondition):  # which takes the latents of a half
+            latents = torch.cat([latents, latents])
+        return predict(self.unet, latents, self.times[step], prepared)
 
     def run(
         self,
@@ -177,12 +175,12 @@ class _Loop:
         """All steps; latents float32. The host waits for nothing unless `on_step` does."""
         schedule, guided = self.schedule, self.options.guided
         assert schedule is not None
-        prepared = self.prepared(context)
+        prepared = self.prepare_condition(context)
         scale = self.options.guidance_scale if guided else 1.0
         rescale = self.options.guidance_rescale if guided else 0.0
         history = schedule.new_history(latents)
-        for step, timestep in enumerate(self.timesteps.unbind()):
-            prediction = self.predict(latents, timestep, prepared)
+        for step in range(len(self.times)):
+            prediction = self.predict(latents, step, prepared)
             noise = next_noise() if schedule.needs_noise[step] else None
             latents, history = guided_step(latents, prediction, schedule, step, scale, rescale, noise, history)
             latents = _after(on_step, step + 1, latents)
@@ -196,7 +194,15 @@ class _Loop:
         options = self.options
         guidance = (options.guidance_scale, options.guidance_rescale) if options.guided else None
         table = tuple(self.schedule.table.flatten().tolist())
-        return id(self.unet), addresses, id(self.prepare_condition), guidance, self.schedule.timesteps, table
+        return (
+            id(self.unet),
+            addresses,
+            self.prepare_condition,
+            type(self.times),
+            guidance,
+            self.schedule.timesteps,
+            table,
+        )
 
 
 def _run_scheduler(
@@ -215,15 +221,15 @@ def _run_scheduler(
     if "eta" in known:
         extra["eta"] = options.eta
     latents = latents.float() * scheduler.init_noise_sigma
-    prepared = loop.prepared(context)
-    for done, timestep in enumerate(scheduler.timesteps.to(latents.device), start=1):
-        predicted = loop.predict(scheduler.scale_model_input(latents, timestep), timestep, prepared).float()
+    prepared = loop.prepare_condition(context)
+    for step, timestep in enumerate(scheduler.timesteps.to(latents.device)):
+        predicted = loop.predict(scheduler.scale_model_input(latents, timestep), step, prepared).float()
         if options.guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = _guide(unconditional, conditional, options)
         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
-        latents = _after(on_step, done, latents)
-        tick(done)
+        latents = _after(on_step, step + 1, latents)
+        tick(step + 1)
     return latents
 
 
@@ -296,6 +302,13 @@ def _schedule_of(scheduler: Any, options: DrawingOptions, device: torch.device) 
             stacklevel=4,
         )
         return None
+
+
+def _timesteps(scheduler: Any, schedule: StepSchedule | None, device: torch.device) -> Tensor:
+    """The time of every call of the UNet, on the device once, so that no step copies its own there."""
+    if schedule is None:
+        return scheduler.timesteps.to(device)
+    return torch.tensor(schedule.timesteps, device=schedule.table.device)
 
 
 def _context(model: DreamLLM, condition: Tensor, null_condition: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ Q dream queries, H hidden width, C condition width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from dreamkernels.conditioning import DreamCondition
 from dreamkernels.integrations.diffusers import DiffusersReport
-from dreamkernels.integrations.diffusers import optimize as optimize_diffusers
-from dreamkernels.integrations.diffusers_attention import use_attention
+from dreamkernels.integrations.diffusers import optimize as optimize_diffusion
 from dreamkernels.integrations.transformers import Report, optimize
 from dreamkernels.integrations.transformers_attention import no_mask
 from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
-from dreamllm.model.codec import IdentityCodec, build_codec, encode_pictures
+from dreamllm.model.codec import build_codec, encode_pictures
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion
 from dreamllm.model.projector import Projector
@@ -105,9 +106,10 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         use_dreamkernels_attention(self.language_model)
         use_dreamkernels_attention(self.vision_model)
-        self._unet_processors = use_attention(self.unet)
-        self.picture_operators: tuple[DiffusersReport, ...] = ()
+        self.unet.requires_grad_(False)  # both are frozen in every stage of the training
+        self.vae.requires_grad_(False)
         self.operators: Report | None = None
+        self.diffusion_operators: DiffusersReport | None = None
         self.use_fused_operators()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -116,36 +118,19 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(self.dream_queries, std=QUERY_INIT_STD)
 
     def use_fused_operators(self, enabled: bool = True) -> None:
-        """Whether the language model runs dreamkernels' fused operators (the default) or transformers' own code.
+        """Whether the model runs dreamkernels' fused operators (the default) or its libraries' own code.
 
-        `self.operators` reports what they replaced; None when they are not used.
+        `self.operators` reports what they replaced in the language model, `self.diffusion_operators` what in UNet and
+        VAE; None when they are not used.
         """
         if enabled and self.operators is None:
             self.operators = optimize(self.language_model)
+            self.diffusion_operators = optimize_diffusion(self, frozen=True)
         elif not enabled and self.operators is not None:
-            self.operators.undo()
-            self.operators = None
-
-    def use_fused_pictures(self, enabled: bool = True, frozen: bool = False) -> None:
-        """Whether UNet and VAE run dreamkernels' fused operators, or diffusers' own code but for the attention.
-
-        Off in a new model, because it changes the memory layout of the weights: call it once they are loaded.
-        `frozen`: the UNet's weights are kept in the CPU's own layout, too, which is faster and takes memory for the
-        copies. The layout is made for the first batch, whose size so decides how later ones are rounded: for drawing,
-        not for training. `set_trainable` ends it. `self.picture_operators` reports what was replaced.
-        """
-        for report in self.picture_operators:
-            report.undo()
-        if self.picture_operators:
-            use_attention(self.unet)
-        self.picture_operators = ()
-        if not enabled:
-            return
-        self.unet.set_attn_processor(dict(self._unet_processors))  # diffusers empties what it is given
-        reports = [optimize_diffusers(self.unet, frozen=frozen)]
-        if not isinstance(self.vae, IdentityCodec):
-            reports.append(optimize_diffusers(self.vae))
-        self.picture_operators = tuple(reports)
+            for report in (self.operators, self.diffusion_operators):
+                if report is not None:
+                    report.undo()
+            self.operators = self.diffusion_operators = None
 
     @property
     def packs_attention(self) -> bool:
@@ -174,6 +159,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
         if problems:
             raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:20]))
+        model.use_fused_operators(False)  # again, as they bring the weights into their memory format
+        model.use_fused_operators()
         return model
 
     # -- parts ------------------------------------------------------------
@@ -222,8 +209,6 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         for name, parameters in self.parameter_groups().items():
             for parameter in parameters:
                 parameter.requires_grad_(name in groups)
-        if self.picture_operators:
-            self.use_fused_pictures()
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """CLIP pixel values [N, 3, h, w] -> projected features [N, P, H]."""
@@ -337,7 +322,22 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("condition_dropout needs the empty prompt in the batch: pack it with with_null=True")
             states_MQH = torch.where(draws.keep_condition[:, None, None], states_MQH, null_QH)
         condition_MQC = self.project_condition(states_MQH)
-        return diffusion_loss(self.config, self.schedule, self.unet, latents, condition_MQC, draws)
+        return diffusion_loss(
+            self.config, self.schedule, self.unet, latents, self.prepare_condition(condition_MQC), draws
+        )
+
+    def prepare_condition(self, condition_MQC: Tensor) -> Tensor | DreamCondition:
+        """What the UNet takes as condition: with the fused operators, keys and values of all its layers at once."""
+        condition_MQC = condition_MQC.to(self.unet.dtype)
+        if self.diffusion_operators is None or not self.diffusion_operators.takes_conditions(self.unet):
+            return condition_MQC
+        return self.diffusion_operators.condition(condition_MQC, unet=self.unet)
+
+    def prepare_times(self, timesteps: Tensor) -> Sequence[Any]:
+        """What the UNet takes as time at each step of a schedule: with the fused operators, rows of a table."""
+        if self.diffusion_operators is None or not self.diffusion_operators.takes_time_tables(self.unet):
+            return timesteps.unbind()
+        return self.diffusion_operators.time_table(timesteps, unet=self.unet)
 
     def _total_loss(self, lm_loss: Tensor | None, vm_loss: Tensor | None) -> Tensor | None:
         w_lm, w_vm = self.config.loss_weight_lm, self.config.loss_weight_vm

@@ -59,7 +59,6 @@ class StageTrainer:
         self.device = model.device
         self.batches = self._batches(processor)
         self.optimizer = make_optimizer(prepare_model(model, stage), stage)
-        model.use_fused_pictures(self.settings.fused_operators)
         self.checkpoints = StageCheckpoints(
             self.folder, self.settings.keep_checkpoints, lambda text: say(console, text)
         )

@@ -158,7 +158,8 @@ def test_the_host_never_waits_inside_the_loop(tiny, conditions, scheduler):
     options = replace(QUICK, scheduler=scheduler, guidance_rescale=0.5)
     condition, null = conditions
     schedule = step_schedule(sampler.build_scheduler(tiny.model.config.scheduler_config, options))
-    loop = sampler._Loop(tiny.model.unet, options, schedule, None)
+    times = tiny.model.prepare_times(torch.tensor(schedule.timesteps))
+    loop = sampler._Loop(tiny.model.unet, options, schedule, tiny.model.prepare_condition, times)
     context = torch.cat([null.expand_as(condition), condition])
     with torch.no_grad(), assert_never_waits():
         latents = loop.run(torch.randn(3, 1, 8, 8), context, lambda: torch.randn(3, 1, 8, 8))
@@ -171,7 +172,7 @@ def test_training_and_drawing_call_the_unet_in_one_way(tiny, conditions, monkeyp
     forward = tiny.model.unet.forward
 
     def watching(latents, timestep, condition, **rest):
-        seen.append((latents.dtype, condition.dtype, rest))
+        seen.append((latents.dtype, condition.columns.dtype, rest))
         return forward(latents, timestep, condition, **rest)
 
     monkeypatch.setattr(tiny.model.unet, "forward", watching)
@@ -179,7 +180,12 @@ def test_training_and_drawing_call_the_unet_in_one_way(tiny, conditions, monkeyp
     draws = draw_diffusion(tiny.model.config, (3, 1, 8, 8), torch.device("cpu"))
     with torch.no_grad():
         diffusion_loss(
-            tiny.model.config, tiny.model.schedule, tiny.model.unet, torch.zeros(3, 1, 8, 8), conditions[0], draws
+            tiny.model.config,
+            tiny.model.schedule,
+            tiny.model.unet,
+            torch.zeros(3, 1, 8, 8),
+            tiny.model.prepare_condition(conditions[0]),
+            draws,
         )
     assert seen == [(torch.float32, torch.float32, {})] * 2
 

@@ -221,8 +221,11 @@ def test_what_does_not_fit_is_named(optimised):
 
 def test_xl_has_no_time_table():
     unet = make_unet("xl")
-    with optimize(unet) as report, pytest.raises(ValueError, match="depends on the prompt"):
-        report.time_table(torch.tensor([3]))
+    with optimize(unet) as report:
+        assert report.takes_conditions(unet)
+        assert not report.takes_time_tables(unet)
+        with pytest.raises(ValueError, match="takes no time table: its time embedding depends on the prompt"):
+            report.time_table(torch.tensor([3]))
 
 
 # -- keys and values are kept, and made anew when they must ------------------------------------------------------------

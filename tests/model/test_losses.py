@@ -236,8 +236,7 @@ def test_latents_of_the_batch_stand_for_the_pictures(tmp_path):
         model.forward_packed(replace(cached, target_latents=latents[:1]), draws=draws)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_fused_pictures_give_the_same_loss_and_gradients(tmp_path, frozen):
+def test_a_unet_with_the_operators_gives_the_same_loss_and_gradients(tmp_path):
     model, processor = tiny_model(tmp_path, vae=True)
     batch = processor.pack([processor.encode(pair(random_picture(i), "the license", "creation")) for i in range(3)])
     names = list(model.state_dict())
@@ -249,23 +248,18 @@ def test_fused_pictures_give_the_same_loss_and_gradients(tmp_path, frozen):
         return loss.detach(), model.dream_queries.grad.clone()
 
     model.set_trainable({"dream_queries"})
-    expected = run()
-    model.use_fused_pictures(frozen=frozen)
-    assert len(model.picture_operators) == 2
-    for mine, theirs in zip(run(), expected, strict=True):
-        assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+    assert {name.split(".")[0] for name in model.diffusion_operators.replaced} == {"unet", "vae"}
+    ours = run()
     assert list(model.state_dict()) == names
-    model.use_fused_pictures(False)
-    assert model.picture_operators == ()
-    for mine, theirs in zip(run(), expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    model.use_fused_operators(False)
+    assert model.diffusion_operators is None
+    for mine, theirs in zip(ours, run(), strict=True):
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-def test_a_unet_that_is_trained_after_drawing_gets_its_gradients(tmp_path):
+def test_a_unet_that_is_trained_gets_its_gradients(tmp_path):
     model, processor = tiny_model(tmp_path)
     batch = processor.pack([processor.encode(pair(random_picture(0), "the license", "creation"))])
-    model.set_trainable(set())
-    model.use_fused_pictures(frozen=True)
     model.set_trainable({"unet"})
     model.forward_packed(batch, torch.Generator().manual_seed(3)).loss.backward()
     assert all(p.grad is not None for p in model.unet.parameters())
