@@ -110,8 +110,8 @@ def load(
     """Loads a model folder (as training and `dreamllm convert` write it).
 
     `dtype` is that of the weights, e.g. "bfloat16"; `batch_size` as in `Engine`; `fused_operators` as in
-    `DreamLLM.use_fused_operators`. No parameter requires a gradient. Raises `CheckpointError` naming the files that are missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError`
-    when there is no such folder.
+    `DreamLLM.use_fused_operators`. No parameter requires a gradient. Raises `CheckpointError` naming the files that are
+    missing from an incomplete folder and the tensors that do not fit, `FileNotFoundError` when there is no such folder.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from dreamkernels.conditioning import DreamCondition
+from dreamkernels import DreamCondition
 from dreamkernels.integrations.diffusers import DiffusersReport
 from dreamkernels.integrations.diffusers import optimize as optimize_diffusion
 from dreamkernels.integrations.transformers import Report, optimize

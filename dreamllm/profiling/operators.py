@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from dreamkernels import DreamCondition
+
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("attention", "cross_conditioning")),
     ("cross entropy", ("cross_entropy", "nll_loss", "log_softmax")),
@@ -45,6 +47,8 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
         yield values
     elif isinstance(values, dict):
         yield from tensors_in(tuple(values.values()))
+    elif isinstance(values, DreamCondition):
+        yield values.columns
     elif isinstance(values, list | tuple):
         for value in values:
             yield from tensors_in(value)

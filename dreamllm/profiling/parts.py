@@ -17,7 +17,7 @@ PARTS = ("CLIP", "LLM", "loss", "VAE", "UNet", "joints", "optimiser")
 """In the order of a step. "joints": projectors, queries, and what lies between the parts. "loss": the language model's
 head, the noise, and both losses. "optimiser": clipping too."""
 
-_METHODS = {"forward_packed": "joints", "_lm_loss": "loss", "_vm_loss": "loss"}
+_METHODS = {"forward_packed": "joints", "_lm_loss": "loss", "_vm_loss": "loss", "prepare_condition": "UNet"}
 """Methods of the model that are no modules, and the part to which what they do themselves belongs."""
 
 

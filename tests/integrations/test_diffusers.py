@@ -321,7 +321,7 @@ def test_frozen_leaves_what_is_trained():
     trained.weight.grad = None
     report.undo()
     unet(x, 7, states).sample.square().sum().backward()
-    torch.testing.assert_close(ours, trained.weight.grad, rtol=1e-3, atol=1e-4)
+    assert (ours - trained.weight.grad).norm() <= 1e-4 * ours.norm()
 
 
 # -- everything else stays ---------------------------------------------------------------------------------------------
