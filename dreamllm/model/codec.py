@@ -27,13 +27,18 @@ def build_codec(config: dict[str, Any]) -> Codec:
     return AutoencoderKL.from_config(config)
 
 
-def encode_pictures(codec: Codec, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def encode_pictures(
+    codec: Codec, pixels: Tensor, generator: torch.Generator | None = None, pictures_per_pass: int | None = None
+) -> Tensor:
     """Pixels [N, C, H, W] in [-1, 1] -> scaled latents: a sample of the VAE's posterior, as the original trains."""
     if isinstance(codec, IdentityCodec):
         return pixels
-    posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator, device=pixels.device, dtype=torch.float32)
-    return (posterior.mean.float() + posterior.std.float() * noise) * codec.config.scaling_factor
+    parts = pixels.to(codec.dtype).split(pictures_per_pass or max(1, pixels.shape[0]))
+    posteriors = [codec.encode(part).latent_dist for part in parts]
+    mean = torch.cat([posterior.mean.float() for posterior in posteriors])
+    std = torch.cat([posterior.std.float() for posterior in posteriors])
+    noise = torch.randn(mean.shape, generator=generator, device=pixels.device, dtype=torch.float32)
+    return (mean + std * noise) * codec.config.scaling_factor
 
 
 def decode_latents(codec: Codec, latents: Tensor) -> Tensor:

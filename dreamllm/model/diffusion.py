@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class DiffusionDraws:
     noise: Tensor
     perturbation: Tensor | None = None
     keep_condition: Tensor | None = None
+
+    def of(self, pictures: slice) -> DiffusionDraws:
+        """The draws of some of the pictures, without `keep_condition`."""
+        perturbation = None if self.perturbation is None else self.perturbation[pictures]
+        return DiffusionDraws(self.timesteps[pictures], self.noise[pictures], perturbation)
 
 
 def draw_diffusion(
@@ -132,3 +138,37 @@ def diffusion_loss(
     a = alphas[draws.timesteps]
     snr = a / (1 - a) + 1
     return (error * snr.clamp(max=gamma) / snr).mean()
+
+
+def mean_in_parts(loss_of: Callable[[slice, Tensor], Tensor], condition: Tensor, size: int) -> Tensor:
+    """`loss_of(all pictures, condition)`, a mean over pictures, computed from `size` pictures at a time.
+
+    condition [M, ...]. Each part gets its gradient at once, with nothing but the condition, so that the activations of
+    no more than `size` pictures are ever held.
+    """
+    return _InParts.apply(condition, loss_of, size)
+
+
+class _InParts(torch.autograd.Function):
+    """The mean of a loss over pictures, part by part. The gradient of each part is taken before the next one begins."""
+
+    @staticmethod
+    def forward(ctx: Any, condition: Tensor, loss_of: Callable[[slice, Tensor], Tensor], size: int) -> Tensor:
+        wanted, count = ctx.needs_input_grad[0], condition.shape[0]
+        gradients: list[Tensor] = []
+        total = torch.zeros((), device=condition.device)
+        for start in range(0, count, size):
+            pictures = slice(start, start + size)
+            part = condition[pictures].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                loss = loss_of(pictures, part) * (part.shape[0] / count)
+            if wanted:
+                gradients += torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.save_for_backward(*([torch.cat(gradients)] if wanted else []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_loss * gradient, None, None

@@ -30,7 +30,7 @@ from dreamllm.documents.layout import IGNORE_INDEX
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
 from dreamllm.model.codec import build_codec, encode_pictures
 from dreamllm.model.configuration import DreamLLMConfig
-from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion
+from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
 from dreamllm.model.projector import Projector
 from dreamllm.model.slots import SlotIndex, find_slots
 from dreamllm.model.weights import CheckpointError
@@ -108,6 +108,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         use_dreamkernels_attention(self.vision_model)
         self.unet.requires_grad_(False)  # both are frozen in every stage of the training
         self.vae.requires_grad_(False)
+        self.pictures_per_pass: int | None = None
         self.operators: Report | None = None
         self.diffusion_operators: DiffusersReport | None = None
         self.use_fused_operators()
@@ -131,6 +132,22 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                 if report is not None:
                     report.undo()
             self.operators = self.diffusion_operators = None
+
+    def use_less_memory(self, recompute_layers: bool = True, pictures_per_pass: int | None = 4) -> None:
+        """Trades time for memory in training, without changing what is computed beyond rounding.
+
+        `recompute_layers`: the decoder's layers keep only their input and are computed again for the gradient.
+        `pictures_per_pass`: VAE and UNet take so many pictures at a time; None: all of a batch. See `mean_in_parts`.
+        Raises `ValueError` for fewer than one picture.
+        """
+        if pictures_per_pass is not None and pictures_per_pass < 1:
+            raise ValueError(f"pictures_per_pass must be at least 1 (or None), not {pictures_per_pass}")
+        self.pictures_per_pass = pictures_per_pass
+        new_name = hasattr(self.language_model, "activation_checkpointing_enable")  # of late versions of transformers
+        switch = (
+            f"{'activation' if new_name else 'gradient'}_checkpointing_{'enable' if recompute_layers else 'disable'}"
+        )
+        getattr(self.language_model, switch)()
 
     @property
     def packs_attention(self) -> bool:
@@ -305,7 +322,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         if latents is not None:
             return latents
         with torch.no_grad():
-            return encode_pictures(self.vae, given, generator)
+            return encode_pictures(self.vae, given, generator, self.pictures_per_pass)
 
     def _vm_loss(
         self,
@@ -322,9 +339,18 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("condition_dropout needs the empty prompt in the batch: pack it with with_null=True")
             states_MQH = torch.where(draws.keep_condition[:, None, None], states_MQH, null_QH)
         condition_MQC = self.project_condition(states_MQH)
-        return diffusion_loss(
-            self.config, self.schedule, self.unet, latents, self.prepare_condition(condition_MQC), draws
-        )
+
+        def loss_of(pictures: slice, part_MQC: Tensor) -> Tensor:
+            prepared = self.prepare_condition(part_MQC)
+            return diffusion_loss(
+                self.config, self.schedule, self.unet, latents[pictures], prepared, draws.of(pictures)
+            )
+
+        if self.pictures_per_pass is None or self.pictures_per_pass >= condition_MQC.shape[0]:
+            return loss_of(slice(None), condition_MQC)
+        if any(parameter.requires_grad for parameter in self.unet.parameters()):
+            raise ValueError("pictures_per_pass needs a UNet that is not trained; set it to None")
+        return mean_in_parts(loss_of, condition_MQC, self.pictures_per_pass)
 
     def prepare_condition(self, condition_MQC: Tensor) -> Tensor | DreamCondition:
         """What the UNet takes as condition: with the fused operators, keys and values of all its layers at once."""

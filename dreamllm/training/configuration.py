@@ -140,6 +140,9 @@ class RunSettings:
         precision: "float32", or "bfloat16" (autocast; parameters and optimiser stay float32).
         device: "auto" is CUDA when there is one.
         fused_operators: the language model runs dreamkernels' operators; False: transformers' own code.
+        recompute_layers: the decoder's layers keep only their input and are computed again for the gradient.
+        pictures_per_pass: pictures that go through VAE and UNet together; None: all of a batch. These two change
+            memory and time, and the result by rounding.
         num_threads: CPU threads of torch; None leaves torch's choice.
         workers: processes that prepare batches; 0 prepares them in the training process.
         checkpoint_every: steps between checkpoints.
@@ -155,6 +158,8 @@ class RunSettings:
     precision: Precision = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fused_operators: bool = True
+    recompute_layers: bool = False
+    pictures_per_pass: int | None = None
     num_threads: int | None = None
     workers: int = 0
     checkpoint_every: int = 500
@@ -172,6 +177,10 @@ class RunSettings:
         for name in ("checkpoint_every", "keep_checkpoints", "log_every", "max_consecutive_bad"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", "settings", getattr(self, name))
         _require(self.workers >= 0, "workers must not be negative", "settings", self.workers)
+        if self.pictures_per_pass is not None:
+            _require(
+                self.pictures_per_pass >= 1, "pictures_per_pass must be at least 1", "settings", self.pictures_per_pass
+            )
         if self.num_threads is not None:
             _require(self.num_threads >= 1, "num_threads must be at least 1", "settings", self.num_threads)
         bad = self.max_bad_fraction

@@ -59,6 +59,7 @@ class StageTrainer:
         self.device = model.device
         self.batches = self._batches(processor)
         self.optimizer = make_optimizer(prepare_model(model, stage), stage)
+        model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
         self.checkpoints = StageCheckpoints(
             self.folder, self.settings.keep_checkpoints, lambda text: say(console, text)
         )

@@ -263,3 +263,42 @@ def test_a_unet_that_is_trained_gets_its_gradients(tmp_path):
     model.set_trainable({"unet"})
     model.forward_packed(batch, torch.Generator().manual_seed(3)).loss.backward()
     assert all(p.grad is not None for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 5])
+def test_less_memory_gives_the_same_loss_and_gradients(tmp_path, pictures):
+    model, processor = tiny_model(tmp_path, vae=True, noise_offset=0.1, input_perturbation=0.1)
+    documents = [pair(random_picture(i), "the license " * (i + 1), "creation") for i in range(5)]
+    batch = processor.pack([processor.encode(document) for document in documents])
+    model.train()
+    model.set_trainable({"dream_queries", "language_model", "condition_projector"})
+    counted = []
+    model.unet.register_forward_pre_hook(lambda module, args: counted.append(args[0].shape[0]))
+
+    def run():
+        counted.clear()
+        model.zero_grad()
+        loss = model.forward_packed(batch, torch.Generator().manual_seed(3)).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    expected = run()
+    assert counted == [5]
+    model.use_less_memory(pictures_per_pass=pictures)
+    for mine, theirs in zip(run(), expected, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+    assert counted == [5] if pictures == 5 else max(counted) == pictures
+    assert sum(counted) == 5
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_packed(batch, torch.Generator().manual_seed(3)).loss, expected[0])
+
+
+def test_pictures_per_pass_refuses_a_trained_unet(tmp_path):
+    model, processor = tiny_model(tmp_path)
+    batch = processor.pack([processor.encode(pair(random_picture(i), "the license", "creation")) for i in range(2)])
+    model.use_less_memory(pictures_per_pass=1)
+    model.set_trainable({"unet"})
+    with pytest.raises(ValueError, match="a UNet that is not trained"):
+        model.forward_packed(batch)
+    with pytest.raises(ValueError, match="at least 1"):
+        model.use_less_memory(pictures_per_pass=0)
