@@ -8,6 +8,7 @@ an inference case goes from the prompt's document (ours) or ids and pixels (the 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -86,7 +87,7 @@ def training_case(size: Size, kind: str, batch: int = 8, cached: bool = False, c
     if kind == "stage2":
         saving = build(size)
         contenders[SAVING] = _our_step(saving, stage, packed, cached)
-        saving.use_less_memory(pictures_per_pass=2)
+        saving.use_less_memory(pictures_per_pass=math.ceil(len(packed.dream_positions) / 2))
     for name, trainer in trainers.items():
         contenders[name] = lambda trainer=trainer: list(map(torch.tensor, trainer.step(padded, _generator())))
     label = f"{'latents cached, ' if cached else ''}{batch} documents, {packed.num_tokens} tokens"
