@@ -39,6 +39,7 @@ class Case:
     memory: bool = False  # also measure the memory of every contender
     held_bytes: dict[str, int] = field(default_factory=dict)  # kept between calls by a contender, allocated by others
     samples: int = 0  # documents, pictures, ... of one call, where time per sample says more than time per call
+    least_rounds: int = 5  # timed even if `seconds` are over
     fallible: tuple[str, ...] = ()  # contenders whose failure is a result: a row that says so
 
 
@@ -165,20 +166,20 @@ def _turn(call: Call, inputs: Sequence[Any], case: Case, caches: str) -> list[fl
 
 
 def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "cold") -> Result:
-    """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after five."""
+    """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after the case's least."""
     assert caches in ("cold", "warm")
     failures = check_contenders(case)
     contenders = {name: call for name, call in case.contenders.items() if name not in failures}
     input_sets = _input_sets(case, caches)
     copies = _copy_inputs(case, caches)
     for call in contenders.values():
-        for inputs in input_sets[:3]:
+        for inputs in input_sets[:3] if case.least_rounds > 2 else []:  # long cases are warm from the check
             call(*inputs)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     copy_samples: list[float] = []
     begin = time.perf_counter()
     for number in range(rounds):
-        if number >= 5 and time.perf_counter() - begin > seconds:
+        if number >= case.least_rounds and time.perf_counter() - begin > seconds:
             break
         for position, (name, call) in enumerate(contenders.items()):
             samples[name] += _turn(call, input_sets[(number + position) % len(input_sets)], case, caches)
