@@ -14,6 +14,7 @@ and in other dtypes, torch's own product runs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["FrozenConv2d", "FrozenLinear", "why_not_frozen", "why_not_packed"]
+__all__ = ["FrozenConv2d", "FrozenLinear", "FrozenUpsample", "why_not_frozen", "why_not_packed"]
 
 _MKLDNN = torch.ops.mkldnn
 _OPERATORS = (
@@ -254,3 +255,87 @@ class FrozenConv2d(_Frozen):
         sides = [8 + d * (k - 1) for d, k in zip(self._dilation, weight.shape[2:], strict=True)]
         shape = [4, weight.shape[1] * self._groups, *sides]
         return _MKLDNN._reorder_convolution_weight(weight, padding, self._stride, self._dilation, self._groups, shape)
+
+
+class FrozenUpsample(FrozenConv2d):
+    """A 3x3 convolution over a picture doubled in both directions by repeating its pixels, without doubling it.
+
+    Of the nine pixels under such a kernel only four differ. Each of the four positions of a doubled pixel has its own
+    2x2 kernel, of sums of the nine weights, so 16 products instead of 36 make the four results: one convolution with
+    four times the channels, and a pass that puts them into their places.
+
+    Raises ValueError where `why_not_frozen` names an obstacle, or the convolution is another.
+    """
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        if geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+            raise ValueError(f"the layer cannot be frozen: it is no plain 3x3 convolution with padding 1: {module}")
+        super().__init__(module)
+        self._convolution = FrozenConv2d(module)
+        self._source = module.weight, module.bias
+        self._sources: tuple = ()
+        self._mirrored_padding = [0, 0]  # of the 2x2 kernels, whose padding is one pixel like that of the 3x3 kernel
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, h, w] -> [B, O, 2 h, 2 w]."""
+        module = self._module
+        self.weight, self.bias = module.weight, module.bias  # by these _dtype decides
+        dtype = self._dtype(x) if x.dim() == 4 else None
+        if dtype is None or residual is not None:
+            y = self._convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return y if residual is None else y + residual
+        now = tuple(_version(parameter) for parameter in module.parameters())
+        if now != self._sources:
+            self.refresh()
+            self._sources = now
+        return _run(self, x, None, dtype)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._convolution.refresh()
+        self._sources = ()
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        bias = self.bias_like(x)
+        z = self._convolve(x, None, "product", None if bias is None else bias.repeat(4), [1, 1])
+        shape = (x.shape[0], z.shape[1] // 4, 2 * x.shape[2], 2 * x.shape[3])
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        for place, part in _places(y, z):
+            place.copy_(part)
+        return y
+
+    def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
+        sides = [side + 1 for side in shape[2:]]
+        channels = 4 * grad_y.shape[1]
+        z = torch.empty((shape[0], channels, *sides), dtype=grad_y.dtype, memory_format=torch.channels_last).zero_()
+        for place, part in _places(grad_y.contiguous(memory_format=torch.channels_last), z):
+            part.copy_(place)
+        return self._convolve(z, None, "gradient", None, self._mirrored_padding)
+
+    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+        rows = [[0], [1, 2]], [[0, 1], [2]]  # of the 3x3 kernel: under the upper and the lower pixel, in either row
+        weight = self._module.weight.detach().float()
+        kernels = [
+            torch.stack([torch.stack([weight[:, :, r][..., c].sum((2, 3)) for c in columns], -1) for r in across], -2)
+            for across in rows
+            for columns in rows
+        ]
+        joined = torch.cat(kernels).to(dtype)
+        padding = [1, 1]
+        if kind == "gradient":
+            joined, padding = joined.flip(2, 3).transpose(0, 1), self._mirrored_padding
+        joined = joined.contiguous(memory_format=torch.channels_last)
+        shape = [4, joined.shape[1], 9, 9]
+        return _MKLDNN._reorder_convolution_weight(joined, padding, [1, 1], [1, 1], 1, shape)
+
+
+def _places(y: Tensor, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of y [B, O, 2h, 2w] at each of the four positions, and of z [B, 4 O, h + 1, w + 1] with what belongs there."""
+    batch, channels, height, width = y.shape
+    height, width = height // 2, width // 2
+    doubled = y.permute(0, 2, 3, 1).view(batch, height, 2, width, 2, channels)
+    parts = z.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels))
+    for a in range(2):
+        for b in range(2):
+            yield doubled[:, :, a, :, b], parts[:, a : a + height, b : b + width, a, b]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen, why_not_packed
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
 from tests.support.operators import assert_close_to_float64, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +68,50 @@ def test_convolution(kind, dtype, channels_last):
 
     shape = module(make_x().to(dtype)).shape
     check(FrozenConv2d(module), copy.deepcopy(module), dtype, make_x, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sides", [(7, 9), (1, 1), (8, 8)], ids=str)
+def test_convolution_of_a_doubled_picture(sides, bias, dtype):
+    """In bfloat16, where sums of weights are rounded once more, against eager's error; in float32 within the bound of
+    any order of summation, as for linear layers, of the 144 products of a result and the 864 of a gradient."""
+    module = frozen(nn.Conv2d(16, 24, 3, padding=1, bias=bias), dtype)
+    layer, exact_module = FrozenUpsample(module), copy.deepcopy(module).double()
+    x = torch.randn(2, 16, *sides, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(2, 24, *(2 * side for side in sides))
+
+    def results(function, x, gradient=gradient):
+        y = function(x)
+        return y, *torch.autograd.grad(y, x, gradient.to(y.dtype))
+
+    def doubling(module):
+        return lambda x: module(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    ours, eager = results(layer, x), results(doubling(module), x)
+    exact = results(doubling(exact_module), x.detach().double().requires_grad_())
+    for parameter in exact_module.parameters():
+        parameter.abs_()
+    magnitudes = results(doubling(exact_module), x.detach().double().abs().requires_grad_(), gradient.abs())
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    for mine, theirs, truth, magnitude in zip(ours, eager, exact, magnitudes, strict=True):
+        if dtype == torch.float32:
+            assert_summed(mine, truth, magnitude, terms=864)
+        else:
+            assert (mine.double() - truth).norm() <= 2 * (theirs.double() - truth).norm()
+
+
+def test_the_doubling_convolution_notices_changes():
+    module, x = frozen(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(1, 4, 5, 5)
+    layer = FrozenUpsample(module)
+    for _ in range(2):
+        expected = module(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            module.weight.mul_(2)
+            module.bias.add_(1)
+    with pytest.raises(ValueError, match="no plain 3x3 convolution"):
+        FrozenUpsample(frozen(nn.Conv2d(4, 4, 3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -33,13 +33,14 @@ try:
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
 except ImportError as error:
     raise ImportError(
         "dreamkernels.integrations.diffusers needs diffusers: pip install 'dreamkernels[dreamllm]'"
     ) from error
 
 from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, why_not_frozen, why_not_packed
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
 from dreamkernels.integrations import unet_forward as unets
 from dreamkernels.integrations import unet_layout as layout
 from dreamkernels.integrations.report import Report, patched_by_us
@@ -110,7 +111,7 @@ class DiffusersReport(Report):
         """
         for plan in self._plans.values():
             joined = (plan.time_projection, plan.condition_projection)
-            for layer in (*plan.frozen.values(), *plan.merged.values(), *joined):
+            for layer in (*plan.frozen.values(), *plan.upsampled.values(), *plan.merged.values(), *joined):
                 if layer is not None:
                     layer.refresh()
             for cache in plan.caches.values():
@@ -301,6 +302,10 @@ class _Optimizer:
             frozen = FrozenConv2d(module) if isinstance(module, nn.Conv2d) else FrozenLinear(module)
             self.plan.frozen[module] = frozen
             self._patch(name, module, layout.frozen_forward, "weights in oneDNN's layout")
+        for name, module in self.root.named_modules():
+            if type(module) is Upsample2D and (convolution := self._after_doubling(module)) is not None:
+                self.plan.upsampled[convolution] = FrozenUpsample(convolution)
+                self._patch(name, module, layout.upsample_forward, "4 products for 9 (2x2 kernels)")
         if not self.options["attention"]:
             return
         for module in self.root.modules():
@@ -308,6 +313,15 @@ class _Optimizer:
                 projections = layout.projections(module.attn1)
                 if not any(why_not_frozen(part) for part in projections):
                     self.plan.merged[module.attn1] = FrozenLinear(*projections)
+
+    def _after_doubling(self, module: Any) -> Any:
+        """The convolution of an Upsample2D that only doubles and convolves, or None."""
+        convolution = module.conv
+        plain = module.use_conv and module.interpolate and not module.use_conv_transpose and module.norm is None
+        if not plain or convolution not in self.plan.frozen or "forward" in module.__dict__:
+            return None
+        kernel = (convolution.kernel_size, convolution.padding, convolution.stride)
+        return convolution if kernel == ((3, 3), (1, 1), (1, 1)) else None
 
     def _take_unet(self) -> None:
         unet: Any = self.root

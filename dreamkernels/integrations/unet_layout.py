@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModelOutpu
 from torch import Tensor, nn
 
 from dreamkernels.conditioning import ConditionLayer, DreamCondition
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample
 from dreamkernels.integrations.diffusers_attention import DreamkernelsAttnProcessor
 from dreamkernels.ops import attention, cross_conditioning, geglu, group_norm_silu, layer_norm
 
@@ -37,13 +37,15 @@ class Plan:
     """What the blocks of one optimised model share.
 
     `frozen`: layers whose weights do not change. `merged`: the query, key and value projections of a self-attention as
-    one product. `layer_numbers` and `layers`: a UNet's cross-attention layers, in the order in which they run.
+    one product. `upsampled`: convolutions that follow a doubling of the picture. `layer_numbers` and `layers`: a UNet's
+    cross-attention layers, in the order in which they run.
     `time_projection`: all ResNet blocks' time projections as one product. `condition_projection`: all
     cross-attention layers' keys and values as one. `unet_obstacle`: why the UNet keeps its own forward.
     """
 
     frozen: dict[nn.Module, FrozenLinear | FrozenConv2d] = field(default_factory=dict)
     merged: dict[nn.Module, FrozenLinear] = field(default_factory=dict)
+    upsampled: dict[nn.Module, FrozenUpsample] = field(default_factory=dict)
     layer_numbers: dict[nn.Module, int] = field(default_factory=dict)
     caches: dict[nn.Module, ConditionCache] = field(default_factory=dict)
     layers: tuple[ConditionLayer, ...] | None = None
@@ -270,6 +272,18 @@ def _feed_forward(plan: Plan, module: Any, x: Tensor, residual: Tensor) -> Tenso
 
 def frozen_forward(plan: Plan, module: nn.Module, input: Tensor) -> Tensor:
     return plan.frozen[module](input)
+
+
+def upsample_forward(
+    plan: Plan, module: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Upsample2D: doubled by repetition, and convolved."""
+    doubled_size = tuple(2 * side for side in hidden_states.shape[2:])
+    if (output_size is not None and tuple(output_size) != doubled_size) or module.conv not in plan.upsampled:
+        return type(module).forward(module, hidden_states, output_size, *args, **kwargs)
+    if _hooked(module.conv):
+        return type(module).forward(module, hidden_states, output_size, *args, **kwargs)
+    return plan.upsampled[module.conv](hidden_states)
 
 
 def geglu_forward(plan: Plan, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
