@@ -33,6 +33,10 @@ _OPERATORS = (
 )
 
 
+MOST_LAYOUTS = 3
+"""Of a convolution's product and of its gradient: inputs of further shapes take the place of the oldest."""
+
+
 @functools.cache
 def _supports(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
@@ -71,7 +75,7 @@ class _Frozen:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self._layouts: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._layouts: dict[tuple, Tensor] = {}  # the last used is the last
         self._seen: tuple = ()
 
     def layout(self, kind: str, x: Tensor) -> Tensor:
@@ -79,11 +83,22 @@ class _Frozen:
         if seen != self._seen:
             self._layouts.clear()
             self._seen = seen
-        key = (kind, x.dtype)
-        if key not in self._layouts:
+        # The layout decides speed and order of summation. A function of the shape alone, results do not depend on what
+        # came before.
+        shape = self._shape_that_matters(x)
+        key = (kind, x.dtype, shape)
+        found = self._layouts.pop(key, None)
+        if found is None:
+            of_kind = [other for other in self._layouts if other[0] == kind]
+            for oldest in of_kind[: max(0, len(of_kind) + 1 - MOST_LAYOUTS)]:
+                del self._layouts[oldest]
             with torch.no_grad():
-                self._layouts[key] = self._make(kind, x.dtype)
-        return self._layouts[key]
+                found = self._make(kind, x.dtype, shape)
+        self._layouts[key] = found
+        return found
+
+    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
+        return ()
 
     def bias_like(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.detach().to(x.dtype)
@@ -92,7 +107,7 @@ class _Frozen:
         """Forgets the layouts; needed after a change through `.data` only, others are noticed."""
         self._layouts.clear()
 
-    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         raise NotImplementedError
 
     def _dtype(self, x: Tensor) -> torch.dtype | None:
@@ -191,7 +206,7 @@ class FrozenLinear(_Frozen):
         rows = grad_y.reshape(-1, grad_y.shape[-1])
         return _MKLDNN._linear_pointwise(rows, self.layout("gradient", rows), None, "none", [], "").view(shape)
 
-    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         weight = self.weight.detach().to(dtype)
         weight = weight if kind == "product" else weight.t()
         return _MKLDNN._reorder_linear_weight(weight.contiguous())
@@ -225,6 +240,9 @@ class FrozenConv2d(_Frozen):
             return y if residual is None else y + residual
         return _run(self, x, residual, dtype)
 
+    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)
+
     def _convolve(self, x: Tensor, residual: Tensor | None, kind: str, bias: Tensor | None, padding: list) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         shape = (padding, self._stride, self._dilation, self._groups)
@@ -245,16 +263,14 @@ class FrozenConv2d(_Frozen):
         weight = self.weight.to(grad_y.dtype)
         return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *shape_of, [True, False, False])[0]
 
-    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         weight, padding = self.weight.detach().to(dtype), self._padding
         if kind == "gradient":
             weight, padding = weight.flip(2, 3).transpose(0, 1), self._mirrored_padding
         weight = weight.contiguous(memory_format=torch.channels_last)
-        # For pictures of one size, whatever the first ones are: the layout decides the order of summation, and a result
-        # must not depend on what came before.
-        sides = [8 + d * (k - 1) for d, k in zip(self._dilation, weight.shape[2:], strict=True)]
-        shape = [4, weight.shape[1] * self._groups, *sides]
-        return _MKLDNN._reorder_convolution_weight(weight, padding, self._stride, self._dilation, self._groups, shape)
+        return _MKLDNN._reorder_convolution_weight(
+            weight, padding, self._stride, self._dilation, self._groups, list(shape)
+        )
 
 
 class FrozenUpsample(FrozenConv2d):
@@ -313,7 +329,7 @@ class FrozenUpsample(FrozenConv2d):
             part.copy_(place)
         return self._convolve(z, None, "gradient", None, self._mirrored_padding)
 
-    def _make(self, kind: str, dtype: torch.dtype) -> Tensor:
+    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         rows = [[0], [1, 2]], [[0, 1], [2]]  # of the 3x3 kernel: under the upper and the lower pixel, in either row
         weight = self._module.weight.detach().float()
         kernels = [
@@ -326,12 +342,11 @@ class FrozenUpsample(FrozenConv2d):
         if kind == "gradient":
             joined, padding = joined.flip(2, 3).transpose(0, 1), self._mirrored_padding
         joined = joined.contiguous(memory_format=torch.channels_last)
-        shape = [4, joined.shape[1], 9, 9]
-        return _MKLDNN._reorder_convolution_weight(joined, padding, [1, 1], [1, 1], 1, shape)
+        return _MKLDNN._reorder_convolution_weight(joined, padding, [1, 1], [1, 1], 1, list(shape))
 
 
 def _places(y: Tensor, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of y [B, O, 2h, 2w] at each of the four positions, and of z [B, 4 O, h + 1, w + 1] with what belongs there."""
+    """Views of y [B, O, 2h, 2w] at each of the four positions, and of z [B, 4 O, h + 1, w + 1] with its results."""
     batch, channels, height, width = y.shape
     height, width = height // 2, width // 2
     doubled = y.permute(0, 2, 3, 1).view(batch, height, 2, width, 2, channels)

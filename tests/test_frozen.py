@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
+from dreamkernels.frozen import MOST_LAYOUTS, FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
 from tests.support.operators import assert_close_to_float64, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -196,8 +196,10 @@ def test_results_do_not_depend_on_what_came_before():
         module = frozen(make())
         kind = FrozenConv2d if isinstance(module, nn.Conv2d) else FrozenLinear
         fresh, used = kind(module), kind(module)
-        used(torch.randn(1, 64, 2, 8))
+        for rows in range(1, 8):
+            used(torch.randn(rows, 64, 2, 8))
         assert torch.equal(fresh(x), used(x))
+        assert len(used._layouts) <= MOST_LAYOUTS
 
 
 def test_batches_of_other_sizes_and_none():
