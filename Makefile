@@ -1,7 +1,8 @@
-# make demo    trains, evaluates and shows a small DreamLLM on scanned digits (its own environment, a few minutes)
-# make test    runs every test
-# make lint    ruff and mypy
-# make bench   times the operators against PyTorch on this machine
+# make demo       trains, evaluates and shows a small DreamLLM on scanned digits (its own environment, a few minutes)
+# make test       runs every test but the slow ones
+# make test-slow  runs those: models of the published size; about 12 GiB of memory
+# make lint       ruff and mypy
+# make bench      times the operators against PyTorch on this machine
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 NATIVE  := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 OUT     ?= runs/digits
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -26,6 +27,10 @@ test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(RUN) $(TEST) tests/kernels/interpreter
 	$(RUN) $(TEST) tests/kernels/aot
 	$(RUN) $(TEST) --dist loadfile --ignore=tests/kernels/interpreter --ignore=tests/kernels/aot
+
+# One after the other: each of them may need most of a machine's memory.
+test-slow: $(VENV)/.test
+	$(RUN) $(BIN)/python -m pytest -m slow --durations=0 --ignore=tests/kernels
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -389,7 +389,6 @@ def test_gradient_checkpointing(reentrant):
     assert model(**inputs, use_cache=True).past_key_values is None  # as in stock: nothing is recomputed into a cache
 
 
-@pytest.mark.slow
 def test_torch_compile_traces_it_whole():
     model, inputs = make("llama").train(), batch()
     optimize(model)

@@ -73,7 +73,6 @@ def run_alone(wheel: Path, where: Path, code: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.slow
 def test_a_wheel_runs_where_only_torch_and_numpy_are(tmp_path):
     wheel, _ = build_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()
@@ -87,7 +86,6 @@ def test_a_wheel_runs_where_only_torch_and_numpy_are(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "installed" / "dreamkernels" / "__init__.py"), "True"]
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_wheel_still_builds_and_says_what_is_missing(tmp_path):
     wheel, said = build_wheel(tmp_path, CXX="/nonexistent/c++")
     assert "NO C++ COMPILER FOUND" in said

@@ -32,6 +32,24 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+SD21: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "attention_head_dim": [5, 10, 20, 20],  # diffusers' name for the number of heads
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+"""The published configuration of Stable Diffusion 2.1-base's UNet."""
+
 
 def make_unet(kind: str = "sd21", **changes: Any) -> UNet2DConditionModel:
     """A frozen UNet in evaluation mode. Its last convolution is scaled up: the result has a magnitude of about 1."""
