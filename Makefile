@@ -1,6 +1,6 @@
 # make demo       trains, evaluates and shows a small DreamLLM on scanned digits (its own environment, a few minutes)
 # make test       runs every test but the slow ones
-# make test-slow  runs those: models of the published size; about 12 GiB of memory
+# make test-slow  runs those: models of the published size; about 14 GiB of memory
 # make lint       ruff and mypy
 # make bench      times the operators against PyTorch on this machine
 

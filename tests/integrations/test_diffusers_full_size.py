@@ -1,6 +1,6 @@
 """The UNet of Stable Diffusion 2.1 at full size: after `optimize` it agrees with diffusers' own (`make test-slow`).
 
-Float32, one picture of 32x32 latents, random weights; about 11 GiB of memory and two minutes on two cores. There is no
+Float32, one picture of 32x32 latents, random weights; about 14 GiB of memory and two minutes on two cores. There is no
 float64 reference, which would take twice that memory: the small models of test_diffusers.py are held to one.
 """
 
