@@ -28,6 +28,13 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def scaled_latents(tmp_path_factory):
+    """A model with a VAE whose pictures keep within the range, as those of an untrained noise predictor do not."""
+    model, processor = tiny_model(tmp_path_factory.mktemp("vae"), vae=True, prediction_type="v_prediction")
+    return model.eval().requires_grad_(False), processor
+
+
+@pytest.fixture(scope="module")
 def conditions(tiny):
     prompts = [Document((Text(text),)) for text in ("A license", "The copy of the work", "Modify")]
     return tiny.conditions(prompts), tiny.null_condition()
@@ -42,6 +49,27 @@ def test_a_picture_does_not_depend_on_its_batch(tiny, conditions, scheduler):
     split = draw(tiny.model, condition, null, replace(options, batch_size=2), [5, 6, 7])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(together, split, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_pictures_are_those_of_the_libraries_own_code(scaled_latents, scheduler, rescale):
+    """From the prompt to the pixels: language model, prepared conditions and times, UNet, steps and VAE."""
+    model, processor = scaled_latents
+    options = DrawingOptions(steps=25, guidance_scale=3.0, guidance_rescale=rescale, scheduler=scheduler)
+
+    def pictures(fused, texts=("A license", "The copy of the work", "Modify")):
+        model.use_fused_operators(fused)
+        engine = Engine(model, processor)
+        condition = engine.conditions([Document((Text(text),)) for text in texts])
+        return draw(model, condition, engine.null_condition(), options, [0, 1, 2])
+
+    ours, expected = pictures(True), pictures(False)
+    assert ((expected > 0) & (expected < 1)).float().mean() > 0.9  # clamped values would hide differences
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+    other = pictures(True, ("A license", "Modify", "The copy of the work"))
+    torch.testing.assert_close(other[0], expected[0], rtol=0, atol=1e-3)
+    assert ((other - expected)[1:].abs().amax(dim=(1, 2, 3)) > 0.05).all()
 
 
 def test_ddpm_follows_the_formulas_of_the_original(tiny, conditions):
