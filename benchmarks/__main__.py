@@ -1,4 +1,7 @@
-"""`python -m benchmarks run [name or family ...]`: times operators and models, prints tables, can record them."""
+"""`python -m benchmarks run [name or family ...]`: times operators and models, prints tables, can record them.
+
+What was recorded: `report` (Markdown and a page), `compare A B`, `gate RECORD --against BASELINE`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from benchmarks.reporting.commands import add_commands
 
 ROOT = Path(__file__).resolve().parent
 # Waiting OpenMP threads must sleep, or one busy neighbour costs a scheduler slice per parallel region.
@@ -155,7 +160,10 @@ def main() -> int:
     command.add_argument("--seconds", type=float, default=4.0, help="per case")
     command.add_argument("--record", metavar="NAME", help="write benchmarks/results/NAME.json")
     command.set_defaults(run=run)
+    add_commands(commands)
     arguments = parser.parse_args()
+    if arguments.run is not run:
+        return arguments.run(arguments)
     wanted = SETTINGS | (KEEP_FREED_MEMORY if arguments.allocator == "keep" else {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         # All of them are read when the process starts.

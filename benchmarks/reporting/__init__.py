@@ -1,0 +1,1 @@
+"""Recorded benchmark runs: as a page, compared with each other, held against a baseline."""

@@ -1,0 +1,85 @@
+"""`python -m benchmarks report`, `compare` and `gate`. None of them measures anything."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.reporting.changes import compare_text, gate
+from benchmarks.reporting.records import RESULTS, find_record, load_record
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("report", help="records as Markdown and as one self-contained HTML page")
+    command.add_argument("records", nargs="*", help="files, or names in benchmarks/results; default: all of them")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for report.md and report.html")
+    command.set_defaults(run=run_report)
+    command = commands.add_parser("compare", help="two records: B / A of every contender of every case")
+    command.add_argument("a", metavar="A")
+    command.add_argument("b", metavar="B")
+    command.set_defaults(run=run_compare)
+    command = commands.add_parser(
+        "gate", help="exit with 1 where a ratio to eager became worse than in a baseline by more than the noise"
+    )
+    command.add_argument("record", metavar="RECORD")
+    command.add_argument("--against", required=True, metavar="BASELINE")
+    command.set_defaults(run=run_gate)
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    try:
+        paths, skipped = [find_record(name) for name in arguments.records], []
+        if not paths:
+            paths, skipped = all_records()
+        if not paths:
+            return _unusable("benchmarks/results has no record; write one with: python -m benchmarks run --record NAME")
+        from benchmarks.reporting.report import write_report  # the page's style comes with all of dreamllm
+
+        for path in write_report(paths, arguments.out, skipped):
+            print(path)
+    except (ValueError, OSError) as error:
+        return _unusable(error)
+    return 0
+
+
+def all_records() -> tuple[list[Path], list[str]]:
+    """Those in benchmarks/results, and a sentence for each file there that is something else."""
+    paths, skipped = [], []
+    for path in sorted(RESULTS.glob("*.json")):
+        problem = _problem(path)
+        if problem is None:
+            paths.append(path)
+        else:
+            skipped.append(f"Left out: {problem}.")
+    return paths, skipped
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        load_record(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    try:
+        print(compare_text(load_record(arguments.a), load_record(arguments.b)))
+    except (ValueError, OSError) as error:
+        return _unusable(error)
+    return 0
+
+
+def run_gate(arguments: argparse.Namespace) -> int:
+    try:
+        passed, text = gate(load_record(arguments.record), load_record(arguments.against))
+    except (ValueError, OSError) as error:
+        return _unusable(error)
+    print(text)
+    return 0 if passed else 1
+
+
+def _unusable(reason: object) -> int:
+    print(reason, file=sys.stderr)
+    return 2

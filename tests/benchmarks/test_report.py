@@ -1,0 +1,254 @@
+"""The report shows what the records say, and says what they lack."""
+
+import json
+import math
+import re
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.reporting.history import committed_versions, trends
+from benchmarks.reporting.records import load_record, parse_record
+from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
+from benchmarks.reporting.static import static_report
+from benchmarks.reporting.tables import markdown_text, microseconds, operator_table, times
+from tests.support.benchmark_records import make_record, scaled
+
+VOID = {"meta", "br", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Cells and texts of a page; fails where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.cells, self.texts, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def written(folder, record, name="machine"):
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def page_of(folder, record):
+    section = make_section(written(folder, record))
+    return as_html([section]), as_markdown([section])
+
+
+def test_every_time_and_ratio_of_the_record_is_in_the_page_and_in_the_text(tmp_path):
+    record = make_record(seed=3)
+    html, markdown = page_of(tmp_path, record)
+    cells = Page(html).cells
+    for case in record["cases"]:
+        ours = case["contenders"]["ours"]["minimum_us"]
+        expected = [case["case"], microseconds(ours)]
+        expected.append(f"{100 * case['copy_minimum_us'] / ours:.0f}%")
+        for peer in ("eager", "torch.compile"):
+            theirs = case["contenders"][peer]["minimum_us"]
+            expected.append(f"{microseconds(theirs)} ({times(theirs / ours)})")
+        assert set(expected) <= set(cells)
+        assert all(markdown_text(text) in markdown for text in expected)
+
+
+def test_figures_are_those_of_the_definitions():
+    case = make_record()["cases"][0] | {"bytes_moved": 3_000_000, "flops": 24_000_000, "copy_minimum_us": 150.0}
+    case["contenders"] = {
+        "ours": {"minimum_us": 200.0, "median_us": 250.0},
+        "eager": {"minimum_us": 500.0, "median_us": 510.0},
+    }
+    read = parse_record("r", json.dumps({"cases": [case]})).cases[0]
+    assert read.times_as_fast_as("eager") == 2.5
+    assert read.flops_per_byte == 8
+    assert read.gflops("ours") == pytest.approx(120)
+    assert read.gflops("eager") == pytest.approx(48)
+    assert read.copy_gb_per_second == pytest.approx(20)
+    row = operator_table([read]).rows[0]
+    assert list(row) == [case["case"], "200.0", "+25%", "500.0 (2.50x)", "75%", "120"]
+
+
+def test_bars_have_lengths_in_proportion_to_the_logarithm_and_slower_ones_point_left(tmp_path):
+    record = make_record(operators=("rms_norm",))
+    ratios = (4.0, 0.5, 2.0, 16.0)
+    peers = [case["contenders"][peer] for case in record["cases"] for peer in ("eager", "torch.compile")]
+    for case in record["cases"]:
+        case["contenders"]["ours"]["minimum_us"] = 100.0
+    for peer, ratio in zip(peers, ratios, strict=True):
+        peer["minimum_us"] = peer["median_us"] = 100 * ratio
+    tags = Page(page_of(tmp_path, record)[0]).tags
+    bars = [attributes for tag, attributes in tags if tag == "rect" and attributes.get("class", "").startswith("bar")]
+    unit = float(bars[0]["width"]) / math.log(4)
+    assert [float(bar["width"]) for bar in bars] == pytest.approx([unit * abs(math.log(r)) for r in ratios], abs=0.2)
+    slower = [bar for bar in bars if "slower" in bar["class"]]
+    assert len(slower) == 1
+    assert float(slower[0]["x"]) + float(slower[0]["width"]) == pytest.approx(float(bars[0]["x"]), abs=0.2)
+
+
+def test_points_of_the_roofline_stand_where_the_axes_say(tmp_path):
+    tags = Page(page_of(tmp_path, make_record(seed=5))[0]).tags
+    marks = [attributes for tag, attributes in tags if tag == "circle" and attributes.get("r") == "4"]
+    record = parse_record("r", json.dumps(make_record(seed=5)))
+    expected = [
+        (math.log10(case.flops_per_byte), math.log10(case.gflops(contender)))
+        for case in record.cases
+        if case.operator == "rms_norm"
+        for contender in ("eager", "ours")
+    ]
+    found = [(float(mark["cx"]), float(mark["cy"])) for mark in marks if mark["cx"] != "6.0"]
+    (x0, y0), (x1, _) = expected[0], expected[2]
+    across = (found[2][0] - found[0][0]) / (x1 - x0)
+    up = (found[1][1] - found[0][1]) / (expected[1][1] - y0)
+    assert across > 0
+    assert up < 0
+    for (x, y), (cx, cy) in zip(expected, found, strict=False):
+        assert cx == pytest.approx(found[0][0] + across * (x - x0), abs=0.3)
+        assert cy == pytest.approx(found[0][1] + up * (y - y0), abs=2.0)
+
+
+def test_page_is_self_contained(tmp_path):
+    page = Page(page_of(tmp_path, make_record())[0])
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("href", "src")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"url\(|@import", "".join(page.texts))
+
+
+def test_names_are_escaped(tmp_path):
+    record = make_record(operators=("<b>norm</b>",))
+    record["cases"][0]["case"] = "a|b <script>alert(1)</script> *x*"
+    record["cases"][0]["contenders"]["<i>"] = {"minimum_us": 1.0, "median_us": 2.0}
+    record["devices"]["cpu"] = "<u>cpu</u> & more"
+    html, markdown = page_of(tmp_path, record)
+    page = Page(html)
+    assert not {tag for tag, _ in page.tags} & {"b", "script", "u"}
+    assert "a|b <script>alert(1)</script> *x*" in page.cells
+    assert "<script" not in markdown
+    assert r"a\|b &lt;script>alert(1)&lt;/script> \*x\*" in markdown
+
+
+def test_what_a_record_lacks_is_said(tmp_path):
+    record = {"cases": make_record()["cases"]}
+    for case in record["cases"]:
+        for field in ("caches", "device", "bytes_moved", "flops", "copy_minimum_us"):
+            del case[field]
+        case["failures"] = {"flash": "RuntimeError: no such thing"}
+    html, markdown = page_of(tmp_path, record)
+    assert "not recorded" in html
+    assert "Roofline" not in html
+    assert "failed: RuntimeError: no such thing" in markdown
+    assert "No history:" in html
+
+
+def test_limits_are_drawn_only_where_measured(tmp_path):
+    record = make_record()
+    html, _ = page_of(tmp_path, record)
+    assert "no measured limit of arithmetic" in html
+    html, _ = page_of(tmp_path, record | {"limits": {"matmul_gflops": {"float32": 123.0}}})
+    assert "matrix product float32, 123 GFLOP/s" in html
+    assert "no measured limit of arithmetic" not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "no list of cases"),
+        ('{"cases": [{"operator": "a", "case": "b"}]}', "case 0: .*contenders"),
+        ('{"cases": [{"operator": "a", "case": "b", "contenders": {}}]}', "at least one contender"),
+        ('{"cases": [{"operator": "a", "case": "b", "contenders": {"ours": {"minimum_us": 1}}}]}', "median_us"),
+    ],
+)
+def test_what_is_no_record_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_record("r", text)
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_history_is_the_geometric_mean_over_shared_cases_of_committed_versions(tmp_path):
+    git(tmp_path, "init", "-q")
+    first = make_record(seed=1, operators=("rms_norm",))
+    later = scaled(first, 0.5)
+    more = later | {"cases": [*later["cases"], *make_record(seed=2, operators=("rotary",))["cases"]]}
+    other = scaled(first, 3.0) | {"threads": 1}
+    for number, record in enumerate((first, other, more)):
+        path = written(tmp_path, record)
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "-q", "-m", f"record {number}")
+    versions = committed_versions(path)
+    assert len(versions) == 3
+    (trend,) = trends(versions)
+    assert (trend.operator, trend.reference, trend.cases) == ("rms_norm", "eager", 2)
+    ratios = [
+        case["contenders"]["eager"]["minimum_us"] / case["contenders"]["ours"]["minimum_us"] for case in first["cases"]
+    ]
+    mean = math.sqrt(ratios[0] * ratios[1])
+    assert [ratio for _, _, ratio in trend.points] == pytest.approx([mean, 2 * mean])
+    html = as_html([make_section(path)])
+    assert 'class="trends"' in html
+    assert all(any(commit in cell for cell in Page(html).cells) for commit, _, _ in trend.points)
+
+
+def test_without_git_the_page_says_so(tmp_path, monkeypatch):
+    path = written(tmp_path, make_record())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert make_section(path).history == "No history: git is not installed."
+
+
+def test_static_report_has_every_kernel_of_the_baseline(tmp_path):
+    table, note = static_report("sm_80")
+    configurations = sum(int(row[1]) for row in table.rows)
+    assert f"{configurations} compiled configurations for sm_80" in note
+    assert static_report("sm_80", tmp_path) is None
+
+
+def test_command_writes_both_files_and_names_what_it_left_out(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    written(results, make_record())
+    (results / "other.json").write_text("{}")
+    monkeypatch.setattr("benchmarks.reporting.commands.RESULTS", results)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "report", "--out", str(tmp_path / "out")])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "out" / name) for name in ("report.md", "report.html")
+    ]
+    assert "Left out: other has no list of cases" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_committed_records_make_a_page(tmp_path):
+    from benchmarks.reporting.commands import all_records
+
+    paths, _ = all_records()
+    _, html = write_report(paths, tmp_path)
+    page = Page(html.read_text())
+    for path in paths:
+        for case in load_record(path).cases:
+            assert microseconds(case.contenders[case.ours].minimum_us) in page.cells
