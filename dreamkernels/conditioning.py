@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamkernels.frozen import FrozenProduct
 from dreamkernels.ops.cross_conditioning import cross_conditioning
 
 __all__ = ["ConditionLayer", "ConditionWeights", "DreamCondition", "condition_kv"]
@@ -50,6 +51,10 @@ class ConditionWeights:
 
     weight: Tensor
     layers: tuple[ConditionLayer, ...]
+    product: FrozenProduct = field(init=False, repr=False, compare=False)  # on a CPU with a second copy in its layout
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "product", FrozenProduct(self.weight, None))
 
     @staticmethod
     def concatenate(layers: Iterable[tuple[Tensor, Tensor, int]]) -> ConditionWeights:
@@ -272,4 +277,4 @@ def condition_kv(
         )
     if projected.device != weights.weight.device:
         raise ValueError(f"the condition is on {projected.device} but the weights are on {weights.weight.device}")
-    return DreamCondition(F.linear(projected, weights.weight), weights.layers)
+    return DreamCondition(weights.product(projected), weights.layers)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["FrozenConv2d", "FrozenLinear", "FrozenUpsample", "why_not_frozen", "why_not_packed"]
+__all__ = ["FrozenConv2d", "FrozenLinear", "FrozenProduct", "FrozenUpsample", "why_not_frozen", "why_not_packed"]
 
 _MKLDNN = torch.ops.mkldnn
 _OPERATORS = (
@@ -147,7 +147,38 @@ def _run(layer: Any, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> 
     return layer.forward(x, residual)
 
 
-class FrozenLinear(_Frozen):
+class FrozenProduct(_Frozen):
+    """x weight^T + bias, with weight [out, in] and bias [out] or None."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]."""
+        dtype = self._dtype(x)
+        if dtype is None:
+            y = F.linear(x, self.weight, self.bias)
+            return y if residual is None else y + residual
+        return _run(self, x, residual, dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weight = self.layout("product", rows)
+        if residual is None:
+            y = _MKLDNN._linear_pointwise(rows, weight, self.bias_like(x), "none", [], "")
+        else:
+            add = residual.reshape(-1, residual.shape[-1])
+            y = _MKLDNN._linear_pointwise.binary(rows, add, weight, self.bias_like(x), "add")
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
+        rows = grad_y.reshape(-1, grad_y.shape[-1])
+        return _MKLDNN._linear_pointwise(rows, self.layout("gradient", rows), None, "none", [], "").view(shape)
+
+    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        weight = self.weight.detach().to(dtype)
+        weight = weight if kind == "product" else weight.t()
+        return _MKLDNN._reorder_linear_weight(weight.contiguous())
+
+
+class FrozenLinear(FrozenProduct):
     """The product with the weight of an `nn.Linear`, or with those of several that take the same input.
 
     Raises ValueError where `why_not_frozen` names an obstacle, or several weights do not fit.
@@ -186,30 +217,7 @@ class FrozenLinear(_Frozen):
                 self.refresh()
         elif self._modules[0].weight is not self.weight:
             self.refresh()
-        dtype = self._dtype(x)
-        if dtype is None:
-            y = F.linear(x, self.weight, self.bias)
-            return y if residual is None else y + residual
-        return _run(self, x, residual, dtype)
-
-    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        weight = self.layout("product", rows)
-        if residual is None:
-            y = _MKLDNN._linear_pointwise(rows, weight, self.bias_like(x), "none", [], "")
-        else:
-            add = residual.reshape(-1, residual.shape[-1])
-            y = _MKLDNN._linear_pointwise.binary(rows, add, weight, self.bias_like(x), "add")
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    def input_gradient(self, grad_y: Tensor, shape: torch.Size) -> Tensor:
-        rows = grad_y.reshape(-1, grad_y.shape[-1])
-        return _MKLDNN._linear_pointwise(rows, self.layout("gradient", rows), None, "none", [], "").view(shape)
-
-    def _make(self, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        weight = self.weight.detach().to(dtype)
-        weight = weight if kind == "product" else weight.t()
-        return _MKLDNN._reorder_linear_weight(weight.contiguous())
+        return super().__call__(x, residual)
 
 
 class FrozenConv2d(_Frozen):
