@@ -112,6 +112,8 @@ class _Frozen:
 
     def _dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype in which x takes the fast way; None where torch's own product runs."""
+        if torch.compiler.is_compiling():
+            return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         fast = (
             x.device.type == self.weight.device.type == "cpu"
@@ -119,7 +121,6 @@ class _Frozen:
             and x.numel() > 0
             and _supports(dtype)
             and not (self.weight.requires_grad and torch.is_grad_enabled())
-            and not torch.compiler.is_compiling()
             and not is_in_torch_dispatch_mode()  # tracers, and those who count, know torch's own products only
         )
         return dtype if fast else None

@@ -214,7 +214,7 @@ class _Optimizer:
 
     def __init__(self, report: DiffusersReport, prefix: str, root: Any, options: dict[str, bool], frozen: bool) -> None:
         self.report, self.prefix, self.root, self.options, self.frozen = report, prefix, root, options, frozen
-        self.plan = Plan()
+        self.plan = Plan(root)
         report._plans[root] = self.plan
 
     def run(self, channels_last: bool) -> None:

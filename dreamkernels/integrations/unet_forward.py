@@ -270,7 +270,7 @@ def _times(
     embedding = embedding if added is None else embedding + added
     if unet.time_embed_act is not None:
         embedding = unet.time_embed_act(embedding)
-    if plan.time_projection is not None and not embedding.requires_grad:
+    if plan.time_projection is not None and plan.owner is unet and not embedding.requires_grad:
         shifts = plan.time_projection(F.silu(embedding))
         return map(TimeShift, shifts.split([resnet.out_channels for resnet in resnets_in_order(unet)], dim=1))
     return (TimeShift(_project_time(resnet, embedding)) for resnet in resnets_in_order(unet))

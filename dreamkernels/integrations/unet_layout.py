@@ -43,6 +43,7 @@ class Plan:
     cross-attention layers' keys and values as one. `unet_obstacle`: why the UNet keeps its own forward.
     """
 
+    owner: nn.Module | None = None  # the model; a copy of it shares the plan
     frozen: dict[nn.Module, FrozenLinear | FrozenConv2d] = field(default_factory=dict)
     merged: dict[nn.Module, FrozenLinear] = field(default_factory=dict)
     upsampled: dict[nn.Module, FrozenUpsample] = field(default_factory=dict)
@@ -251,6 +252,8 @@ def _cross_attention(plan: Plan, module: Any, x: Tensor, condition: Any, residua
     if not prepared:
         k, v = plan.caches.setdefault(module, ConditionCache()).key_value(module, condition)
     else:
+        if module not in plan.layer_numbers:
+            raise ValueError("this is a copy of an optimised UNet, which takes no DreamCondition; optimise the copy")
         k, v = condition.key_value(plan.layer_numbers[module])
     pictures = condition.pictures if prepared else condition.shape[0]
     if pictures == 2 * q.shape[0]:
@@ -271,7 +274,8 @@ def _feed_forward(plan: Plan, module: Any, x: Tensor, residual: Tensor) -> Tenso
 
 
 def frozen_forward(plan: Plan, module: nn.Module, input: Tensor) -> Tensor:
-    return plan.frozen[module](input)
+    frozen = plan.frozen.get(module)  # none for a copy of the module
+    return type(module).forward(module, input) if frozen is None else frozen(input)
 
 
 def upsample_forward(

@@ -342,6 +342,28 @@ def test_undo_gives_back_the_same_model(frozen):
     assert [p.stride() for p in unet.parameters()] == formats
 
 
+def test_a_copy_of_an_optimised_model_works_on_its_own(optimised):
+    unet, report = optimised
+    x, states = latents(), conditions()
+    expected = unet(x, 7, states).sample
+    copied = copy.deepcopy(unet)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(copied(x, 7, states).sample, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a copy of an optimised UNet"):
+        copied(x, 7, report.condition(states))
+
+
+def test_an_optimised_unet_compiles():
+    unet, x, states = make_unet(), latents(), conditions()
+    expected = unet(x, 7, states).sample
+    torch._dynamo.reset()
+    with optimize(unet, frozen=True), torch.no_grad():
+        compiled = torch.compile(unet, backend="eager", dynamic=False)
+        torch.testing.assert_close(compiled(x, 7, states).sample, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("option", ["channels_last", "group_norm_silu", "layer_norm", "geglu", "attention"])
 def test_each_option_can_be_left_out(option):
     unet, x, states = make_unet(), latents(), conditions()
