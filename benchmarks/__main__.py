@@ -92,7 +92,7 @@ def print_summary(results: list[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.harness import measure
+    from benchmarks.harness import matmul_gflops, measure
     from dreamkernels import information
 
     try:
@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {what:36} {microseconds:6.1f}")
     print_summary(results)
     if arguments.record:
+        reached = {dtype: round(gflops, 1) for dtype, gflops in matmul_gflops(arguments.device).items()}
         path = ROOT / "results" / f"{arguments.record}.json"
         path.write_text(
             json.dumps(
@@ -130,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "versions": facts["versions"],
                     "threads": arguments.threads,
                     "settings": {name: os.environ.get(name) for name in (*SETTINGS, *KEEP_FREED_MEMORY)},
+                    "limits": {"matmul_gflops": reached},
                     "cases": [result.record() for result in results],
                     "boundary_us": boundaries,
                 },

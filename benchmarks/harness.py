@@ -219,6 +219,21 @@ def peak_extra_bytes(call: Call, inputs: Sequence[Any], device: str) -> int:
     return most - sum(tensor.numel() * tensor.element_size() for tensor in _tensors(results))
 
 
+def matmul_gflops(device: str, size: int = 0, repeats: int = 5) -> dict[str, float]:
+    """Of the fastest of some square matrix products, by dtype: what this machine reaches in arithmetic.
+
+    `size` 0: large enough that the product is no longer bound by memory or by its launch.
+    """
+    size = size or (8192 if device == "cuda" else 2048)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+        torch.mm(a, b)
+        best = min(_time_once(torch.mm, (a, b), device) for _ in range(repeats))
+        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e3
+    return found
+
+
 def cost_per_call_us(call: Call, inputs: Sequence[Any], calls: int = 4000) -> float:
     """Least mean time of one call over several batches; with tiny tensors this is the cost of the boundary."""
     for _ in range(200):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from benchmarks.reporting.records import CONDITIONS, Measured, Record, RecordedCase
 
 LEAST_NOISE = math.log(1.05)
+WIDE = math.log(1.5)  # a gate this noisy misses what it is for, and says so
 FASTER, SLOWER, WITHIN = "faster", "slower", "within noise"
 
 
@@ -165,6 +166,9 @@ def gate(record: Record, baseline: Record) -> tuple[bool, str]:
         lines.append(f"{len(changes)} ratios: {len(worse)} worse, {better} better, "
                      f"{len(changes) - len(worse) - better} within noise; "
                      f"widest bound {math.exp(widest.noise):.2f}x ({widest.case.name})")  # fmt: skip
+        blind = sum(change.noise > WIDE for change in changes)
+        if blind:
+            lines.append(f"{blind} bounds are wider than {math.exp(WIDE):.1f}x: measure longer or on a quieter machine")
     else:
         lines.append("no ratio could be compared")
     passed = bool(changes) and not worse and not lost

@@ -30,14 +30,14 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
     def x(ratio: float) -> float:
         return LABEL + (WIDTH - LABEL - VALUE) * (log10(ratio) - log10(low)) / (log10(high) - log10(low))
 
-    parts, y = [], 4.0
+    mixed = len({case.caches for case in cases}) > 1
+    parts, y = [], float(TOP)
     for case in cases:
         if not case.peers:
             continue
         y += 14
-        parts.append(
-            f'<text class="case" x="0" y="{y:.0f}">{escape(case.name.removeprefix(case.operator).strip())}</text>'
-        )
+        label = f"{case.label}, {case.caches or 'unknown'} caches" if mixed else case.label
+        parts.append(f'<text class="case" x="0" y="{y:.0f}">{escape(label)}</text>')
         y += 5
         for peer in case.peers:
             ratio = case.times_as_fast_as(peer)
@@ -53,9 +53,12 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
         y += GAP
     bottom = y
     grid = [
-        f'<line class="{"one" if tick == 1 else "grid"}" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" '
+        f'<line class="{"one" if tick == 1 else "grid"}" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" '
         f'y2="{bottom:.0f}"/>'
-        f'<text x="{x(tick):.1f}" y="{bottom + 14:.0f}" text-anchor="middle">{tick:g}x</text>'
+        + "".join(
+            f'<text x="{x(tick):.1f}" y="{at:.0f}" text-anchor="middle">{tick:g}x</text>'
+            for at in (TOP - 5, bottom + 14)  # a chart of many cases is taller than a window
+        )
         for tick in _decade_ticks(low, high)
     ]
     return _svg(bottom + 20, f"{cases[0].operator}: times as fast as each peer", [*grid, *parts])

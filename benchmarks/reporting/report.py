@@ -98,13 +98,13 @@ def roofline_note(record: Record) -> str:
     cases = [case for case in record.cases if case.flops_per_byte]
     left_out = len(record.cases) - len(cases)
     limits = (
-        "Horizontal lines: square matrix products measured before the run."
+        "Horizontal lines: the fastest square matrix product of the run."
         if record.matmul_gflops
         else "The record has no measured limit of arithmetic, so no horizontal line is drawn."
     )
     copies = (
-        "Sloping lines: the fastest and the median of the copies timed beside the cases; at other sizes, so that a "
-        "point may lie above."
+        "Sloping lines: the fastest and the median of the copies timed beside the cases, each of as many bytes as its "
+        "case moves; a point may lie above a line that cases of other sizes made."
         if any(case.copy_gb_per_second for case in record.cases)
         else "The record has no copies, so no sloping line is drawn."
     )

@@ -53,6 +53,7 @@ def test_a_record_passes_against_itself(spread):
     passed, text = gate(record, record)
     assert passed
     assert "4 ratios: 0 worse, 0 better, 4 within noise" in text
+    assert ("4 bounds are wider than 1.5x" in text) == (spread == 2.0)
 
 
 def test_a_slower_machine_passes():

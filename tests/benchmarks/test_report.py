@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.harness import matmul_gflops
 from benchmarks.reporting.history import committed_versions, trends
 from benchmarks.reporting.records import load_record, parse_record
 from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
@@ -170,6 +171,12 @@ def test_limits_are_drawn_only_where_measured(tmp_path):
     html, _ = page_of(tmp_path, record | {"limits": {"matmul_gflops": {"float32": 123.0}}})
     assert "matrix product float32, 123 GFLOP/s" in html
     assert "no measured limit of arithmetic" not in html
+
+
+def test_measured_limits_are_operations_over_time(monkeypatch):
+    monkeypatch.setattr("benchmarks.harness._time_once", lambda call, inputs, device: 2.0)  # microseconds
+    limits = matmul_gflops("cpu", size=100)
+    assert limits == pytest.approx({"float32": 1000.0, "bfloat16": 1000.0})
 
 
 @pytest.mark.parametrize(
