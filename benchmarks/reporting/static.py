@@ -22,8 +22,7 @@ def static_report(architecture: str, folder: Path = BASELINES) -> tuple[Table, s
     for name, kernel in baseline["kernels"].items():
         source, rest = name.split(" ", 1)
         families.setdefault(f"{re.split(r'[<. ]', rest)[0]} ({source})", []).append(kernel)
-    header = ["kernel", "configurations", "registers", "shared memory, KiB", "blocks per SM", "16-byte accesses",
-              "tensor cores"]  # fmt: skip
+    header = ["kernel", "configurations", "registers", "shared memory, KiB", "blocks per SM", "16-byte accesses"]
     rows = [
         [
             name,
@@ -32,7 +31,6 @@ def static_report(architecture: str, folder: Path = BASELINES) -> tuple[Table, s
             _range([round(kernel["shared_bytes"] / 1024, 1) for kernel in kernels]),
             _range([kernel["blocks_per_sm"] for kernel in kernels]),
             f"{sum(any('16 B' in kind for kind in k['global_accesses']) for k in kernels)} of {len(kernels)}",
-            f"{sum(bool(kernel.get('tensor_core')) for kernel in kernels)} of {len(kernels)}",
         ]
         for name, kernels in sorted(families.items())
     ]
