@@ -1,4 +1,4 @@
-"""`python -m dreamkernels info` and `python -m dreamkernels report`."""
+"""`python -m dreamkernels info`, `python -m dreamkernels report` and `python -m dreamkernels tune`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 
 from dreamkernels import information
 from dreamkernels.devices import ARCHITECTURES
+from dreamkernels.tuning import command
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -75,6 +76,9 @@ def main() -> int:
         "validated on a GPU, and print the order it expects",
     )
     report.set_defaults(run=_report)
+    tune = commands.add_parser("tune", help="measure launch parameters on this GPU and keep the best for later calls")
+    command.add_arguments(tune)
+    tune.set_defaults(run=command.run)
     arguments = parser.parse_args()
     return arguments.run(arguments)
 
