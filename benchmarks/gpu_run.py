@@ -33,7 +33,8 @@ MODELS = ("diffusion_unet", "sampling", "llama_training_step")
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `{minutes}` in it becomes what is left for it, so that it can end in time by itself."""
+    """One command. `{minutes}` in it becomes what is left for it, so that it can end in time by itself; such a command
+    goes on in the next call where it ended."""
 
     part: str
     name: str
@@ -122,7 +123,8 @@ def steps_of(part: str, setting: Setting) -> list[Step]:
         if setting.device != "cuda":
             return []
         options = ("--minutes", "{minutes}", "--out", str(out / "tune" / "tuned.json"))
-        return [Step("tune", "launch", (python, "-m", "dreamkernels", "tune", *options), 8)]
+        # A part of every call, since the suite is wanted, too.
+        return [Step("tune", "launch", (python, "-m", "dreamkernels", "tune", *options), 4)]
     if part == "suite":
         return _suite(setting)
     if part == "models":
@@ -161,6 +163,7 @@ def _environment(step: Step) -> dict[str, str]:
 def run_step(step: Step, out: Path, seconds_left: float) -> dict:
     """Runs a step and records it: passed, failed, too long (over its own limit) or cut (no time; to be repeated)."""
     limit = min(60 * step.minutes, seconds_left)
+    goes_on = "{minutes}" in step.command
     # A command that minds its time gets a margin to end by itself.
     minutes = f"{max(limit - 20, limit / 2) / 60:.3f}"
     command = [word.replace("{minutes}", minutes) for word in step.command]
@@ -180,9 +183,9 @@ def run_step(step: Step, out: Path, seconds_left: float) -> dict:
             try:
                 code = process.wait(timeout=limit)
                 good = "passed" if code in step.good_codes else "failed"
-                status = "cut" if code == OUT_OF_TIME and "{minutes}" in step.command else good
+                status = "cut" if code == OUT_OF_TIME and goes_on else good
             except subprocess.TimeoutExpired:
-                status = "cut" if seconds_left < 60 * step.minutes else "too long"
+                status = "cut" if goes_on or seconds_left < 60 * step.minutes else "too long"
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)  # with its compilers and workers

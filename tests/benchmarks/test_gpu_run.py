@@ -124,6 +124,8 @@ def test_a_command_that_minds_its_time_hears_it_and_is_repeated(tmp_path):
     minding = Step("tune", "launch", (sys.executable, "-c", code, "{minutes}"), 1)
     assert run([minding], tmp_path, 5)[0]["status"] == "cut"
     assert run([minding], tmp_path, 5)[0]["status"] == "cut"
+    late = Step("tune", "late", (sys.executable, "-c", "import time; time.sleep(60)", "{minutes}"), 0.5 / 60)
+    assert run([late], tmp_path, 5)[0]["status"] == "cut"  # over its limit, but what it stored is not lost
     assert run([step("raise SystemExit(3)")], tmp_path, 5)[0]["status"] == "failed"  # a code like any other
 
 
