@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from benchmarks.reporting import instructions
 from benchmarks.reporting.changes import compare_text, gate
 from benchmarks.reporting.records import RESULTS, find_record, load_record
 
@@ -22,8 +24,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "gate", help="exit with 1 where a ratio to eager became worse than in a baseline by more than the noise"
     )
-    command.add_argument("record", metavar="RECORD")
-    command.add_argument("--against", required=True, metavar="BASELINE")
+    command.add_argument("record", metavar="RECORD", nargs="?")
+    command.add_argument("--against", metavar="BASELINE")
+    command.add_argument(
+        "--instructions",
+        action="store_true",
+        help="count those of some CPU kernels with callgrind and compare (minutes)",
+    )
+    command.add_argument("--save-instructions", action="store_true", help="count them and record them as the baseline")
     command.set_defaults(run=run_gate)
 
 
@@ -72,11 +80,24 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def run_gate(arguments: argparse.Namespace) -> int:
+    counting = arguments.instructions or arguments.save_instructions
+    if (arguments.record is None) != (arguments.against is None) or not (arguments.record or counting):
+        return _unusable("gate needs RECORD and --against BASELINE, or --instructions, or both")
     try:
-        passed, text = gate(load_record(arguments.record), load_record(arguments.against))
-    except (ValueError, OSError) as error:
+        passed = True
+        if arguments.record:
+            passed, text = gate(load_record(arguments.record), load_record(arguments.against))
+            print(text)
+        if counting:
+            found = instructions.measure_instructions()
+            if arguments.save_instructions:
+                instructions.save_baseline(found)
+            baseline = json.loads(instructions.BASELINE.read_text(encoding="utf-8"))
+            same, text = instructions.compare_instructions(found, baseline)
+            print(text)
+            passed &= same
+    except (ValueError, OSError, RuntimeError) as error:
         return _unusable(error)
-    print(text)
     return 0 if passed else 1
 
 

@@ -1,15 +1,18 @@
 """The report shows what the records say, and says what they lack."""
 
+import argparse
 import json
 import math
 import re
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.__main__ import main
-from benchmarks.harness import matmul_gflops
+from benchmarks.__main__ import main, run
+from benchmarks.harness import Case, matmul_gflops
 from benchmarks.reporting.history import committed_versions, trends
 from benchmarks.reporting.records import load_record, parse_record
 from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
@@ -171,6 +174,36 @@ def test_limits_are_drawn_only_where_measured(tmp_path):
     html, _ = page_of(tmp_path, record | {"limits": {"matmul_gflops": {"float32": 123.0}}})
     assert "matrix product float32, 123 GFLOP/s" in html
     assert "no measured limit of arithmetic" not in html
+
+
+def test_what_a_run_records_is_what_the_report_reads(tmp_path, monkeypatch, capsys):
+    case = Case(
+        operator="double",
+        label="float32 [1000]",
+        make_inputs=lambda: [torch.rand(1000)],
+        contenders={"ours": lambda x: x * 2, "eager": lambda x: x + x},
+        bytes_moved=8000,
+        flops=1000,
+        relative_tolerance=0.0,
+    )
+    module = SimpleNamespace(cases=lambda device: [case], boundary=lambda device: {"x + x": 1.25})
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr("benchmarks.__main__.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.__main__.chosen", lambda names: {"double": module})
+    monkeypatch.setattr("benchmarks.harness.matmul_gflops", lambda device: {"float32": 12.34})
+    threads = torch.get_num_threads()
+    run(argparse.Namespace(names=[], device="cpu", caches="warm", threads=threads, seconds=0.01, record="tiny"))
+    record = load_record(tmp_path / "results" / "tiny.json")
+    (read,) = record.cases
+    assert (read.name, read.flops, read.bytes_moved) == ("double float32 [1000], warm caches", 1000, 8000)
+    assert list(read.contenders) == ["ours", "eager"]
+    assert record.matmul_gflops == {"float32": 12.3}
+    assert record.boundary_us == {"double": {"x + x": 1.25}}
+    facts = dict(record.environment())
+    assert (facts["threads"], facts["caches"]) == (str(threads), "warm")
+    assert microseconds(read.contenders["ours"].minimum_us) in as_markdown(
+        [make_section(tmp_path / "results/tiny.json")]
+    )
 
 
 def test_measured_limits_are_operations_over_time(monkeypatch):
