@@ -59,15 +59,24 @@ def git_commit() -> str:
 def print_result(result: Any) -> None:
     ours = next(iter(result.case.contenders))
     print(f"\n{result.case.operator}  {result.case.label}")
-    print(f"  {'':16} {'min us':>9} {'median us':>10} {'of copy bandwidth':>18}   {ours} is")
+    width = max(16, *map(len, result.case.contenders))
+    bandwidth = result.case.bytes_moved > 0  # the share says nothing of a loop that no copy is like
+    title = "of copy bandwidth" if bandwidth else ""
+    print(f"  {'':{width}} {'min us':>11} {'median us':>11} {title:>18}   {ours} is")
     for timing in result.timings:
         ratio = timing.minimum_us / result.minimum(ours)
         faster = "" if timing.contender == ours else f"{ratio:.2f}x as fast"
-        share = f"{100 * result.share_of_copy_bandwidth(timing.contender):.0f}%"
+        share = f"{100 * result.share_of_copy_bandwidth(timing.contender):.0f}%" if bandwidth else ""
         memory = result.peak_extra_bytes.get(timing.contender)
         held = "" if memory is None else f"   holds {memory / 1e6:.1f} MB more"
-        print(f"  {timing.contender:16} {timing.minimum_us:9.1f} {timing.median_us:10.1f} {share:>18}   {faster}{held}")
-    print(f"  {'copy':16} {result.copy_minimum_us:9.1f}", flush=True)
+        if result.case.samples:
+            held += f"   {result.seconds_per_sample(timing.contender):.4g} s per sample"
+        times = f"{timing.minimum_us:11.1f} {timing.median_us:11.1f}"
+        print(f"  {timing.contender:{width}} {times} {share:>18}   {faster}{held}")
+    for contender, reason in result.failures.items():
+        print(f"  {contender:{width}} not timed: {reason}")
+    if bandwidth:
+        print(f"  {'copy':{width}} {result.copy_minimum_us:11.1f}", flush=True)
 
 
 def print_summary(results: list[Any]) -> None:

@@ -73,12 +73,31 @@ def _attention(device: str, positions: int, heads: int, dtype: torch.dtype) -> I
     name = f"{str(dtype).removeprefix('torch.')} [{PICTURES}, {positions}, {heads}, {WIDTH}] to {KEYS} keys"
     rows = PICTURES * positions * heads
     moved, flops = 2 * rows * WIDTH * dtype.itemsize, 4 * rows * KEYS * WIDTH
-    yield Case("cross_conditioning", f"forward {name}", plain, forwards, moved, flops, TOLERANCE[dtype], device)
+    fallible = ("torch.compile",)  # torch 2.13 takes these heads for another pattern of attention, and fails
+    yield Case(
+        "cross_conditioning",
+        f"forward {name}",
+        plain,
+        forwards,
+        moved,
+        flops,
+        TOLERANCE[dtype],
+        device,
+        fallible=fallible,
+    )
     both = {contender: with_backward(call) for contender, call in forwards.items()}
     moved += 3 * rows * WIDTH * dtype.itemsize
     label = f"forward+backward {name}"
     yield Case(
-        "cross_conditioning", label, differentiable, both, moved, 14 * rows * KEYS * WIDTH, TOLERANCE[dtype], device
+        "cross_conditioning",
+        label,
+        differentiable,
+        both,
+        moved,
+        14 * rows * KEYS * WIDTH,
+        TOLERANCE[dtype],
+        device,
+        fallible=fallible,
     )
 
 
