@@ -38,10 +38,15 @@ MOST_LAYOUTS = 3
 
 
 @functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and all(hasattr(_MKLDNN, name) for name in _OPERATORS)
+
+
+@functools.cache
 def _supports(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
-        return bool(_MKLDNN._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+        return _has_onednn() and bool(_MKLDNN._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and _has_onednn()
 
 
 def why_not_frozen(module: nn.Module) -> str:
@@ -57,7 +62,7 @@ def why_not_frozen(module: nn.Module) -> str:
 
 def why_not_packed(module: nn.Module) -> str:
     """Why a frozen module gains nothing from a layout of its own, or "". A module on meta may come to the CPU."""
-    if not torch.backends.mkldnn.is_available() or any(not hasattr(_MKLDNN, name) for name in _OPERATORS):
+    if not _has_onednn():
         return "this build of torch has no oneDNN"
     weight: Any = module.weight
     if weight.device.type not in ("cpu", "meta"):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dreamkernels.frozen
 from dreamkernels.frozen import MOST_LAYOUTS, FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
 from tests.support.operators import assert_close_to_float64, dtype_name
 
@@ -255,6 +256,16 @@ def test_layers_may_come_from_meta_and_change_their_dtype():
             part.to(dtype)
         torch.testing.assert_close(layer(x.to(dtype)), module(x.to(dtype)))
         torch.testing.assert_close(joined(x.to(dtype))[:, :6], module(x.to(dtype)))
+
+
+def test_without_onednn_the_module_runs(monkeypatch):
+    monkeypatch.setattr(dreamkernels.frozen, "_supports", lambda dtype: False)
+    linear, convolution = frozen(nn.Linear(5, 6)), frozen(nn.Conv2d(5, 6, 3, padding=1))
+    x, picture = torch.randn(3, 5), torch.randn(1, 5, 4, 4)
+    assert torch.equal(FrozenLinear(linear)(x), linear(x))
+    assert torch.equal(FrozenConv2d(convolution)(picture), convolution(picture))
+    doubled = nn.functional.interpolate(picture, scale_factor=2.0, mode="nearest")
+    assert torch.equal(FrozenUpsample(convolution)(picture), convolution(doubled))
 
 
 def test_obstacles_are_named():
