@@ -233,6 +233,27 @@ def _safetensors():
     return Both
 
 
+def project_states(states: Tensor, width: int, projector: Callable[[Tensor], Tensor] | Tensor | None = None) -> Tensor:
+    """States [conditions, keys, any] brought to the width of a condition, as `condition_kv` does, with its errors."""
+    if states.dim() != 3:
+        raise ValueError(f"states {list(states.shape)} must be [conditions, keys, width]")
+    if isinstance(projector, Tensor):
+        if projector.dim() != 2 or projector.shape[1] != states.shape[-1]:
+            raise ValueError(
+                f"projector {list(projector.shape)} does not take states of width {states.shape[-1]}; "
+                "needed is [condition width, width]"
+            )
+        projected = F.linear(states, projector)
+    else:
+        projected = states if projector is None else projector(states)
+    if projected.dim() != 3 or projected.shape[-1] != width:
+        raise ValueError(
+            f"the condition {list(projected.shape)} must be [conditions, keys, {width}]; "
+            + ("give a projector" if projector is None else "the projector belongs to another model")
+        )
+    return projected
+
+
 def condition_kv(
     states: Tensor, weights: ConditionWeights, projector: Callable[[Tensor], Tensor] | Tensor | None = None
 ) -> DreamCondition:
@@ -255,22 +276,7 @@ def condition_kv(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if states.dim() != 3:
-        raise ValueError(f"states {list(states.shape)} must be [conditions, keys, width]")
-    if isinstance(projector, Tensor):
-        if projector.dim() != 2 or projector.shape[1] != states.shape[-1]:
-            raise ValueError(
-                f"projector {list(projector.shape)} does not take states of width {states.shape[-1]}; "
-                "needed is [condition width, width]"
-            )
-        projected = F.linear(states, projector)
-    else:
-        projected = states if projector is None else projector(states)
-    if projected.dim() != 3 or projected.shape[-1] != weights.condition_width:
-        raise ValueError(
-            f"the condition {list(projected.shape)} must be [conditions, keys, {weights.condition_width}]; "
-            + ("give a projector" if projector is None else "the projector belongs to another model")
-        )
+    projected = project_states(states, weights.condition_width, projector)
     if projected.dtype != weights.weight.dtype and not torch.is_autocast_enabled(projected.device.type):
         raise ValueError(
             f"the condition has dtype {projected.dtype} but the weights have {weights.weight.dtype}; cast one of them"

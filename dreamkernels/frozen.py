@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["FrozenConv2d", "FrozenLinear", "FrozenProduct", "FrozenUpsample", "why_not_frozen", "why_not_packed"]
+__all__ = [
+    "FrozenConv2d",
+    "FrozenLinear",
+    "FrozenProduct",
+    "FrozenUpsample",
+    "version_of",
+    "why_not_frozen",
+    "why_not_packed",
+]
 
 _MKLDNN = torch.ops.mkldnn
 _OPERATORS = (
@@ -70,7 +78,7 @@ def why_not_packed(module: nn.Module) -> str:
     return "" if _supports(weight.dtype) else f"oneDNN does not multiply {weight.dtype} on this CPU"
 
 
-def _version(tensor: Tensor) -> tuple:
+def version_of(tensor: Tensor) -> tuple:
     """What changes when a tensor is replaced or written to, except through `.data` or shared memory."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
 
@@ -84,7 +92,7 @@ class _Frozen:
         self._seen: tuple = ()
 
     def layout(self, kind: str, x: Tensor) -> Tensor:
-        seen = _version(self.weight)
+        seen = version_of(self.weight)
         if seen != self._seen:
             self._layouts.clear()
             self._seen = seen
@@ -204,7 +212,7 @@ class FrozenLinear(FrozenProduct):
             return first.weight, first.bias
         if any((module.bias is None) != (first.bias is None) for module in self._modules):
             raise ValueError("layers can be joined when all or none of them have a bias")
-        self._sources = tuple(_version(parameter) for module in self._modules for parameter in module.parameters())
+        self._sources = tuple(version_of(parameter) for module in self._modules for parameter in module.parameters())
         bias = None if first.bias is None else torch.cat([module.bias.detach() for module in self._modules])
         return torch.cat([module.weight.detach() for module in self._modules]), bias
 
@@ -218,7 +226,7 @@ class FrozenLinear(FrozenProduct):
             y = torch.cat([F.linear(x, module.weight, module.bias) for module in self._modules], dim=-1)
             return y if residual is None else y + residual
         if self._sources:
-            now = tuple(_version(parameter) for module in self._modules for parameter in module.parameters())
+            now = tuple(version_of(parameter) for module in self._modules for parameter in module.parameters())
             if now != self._sources:
                 self.refresh()
         elif self._modules[0].weight is not self.weight:
@@ -315,7 +323,7 @@ class FrozenUpsample(FrozenConv2d):
         if dtype is None or residual is not None:
             y = self._convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return y if residual is None else y + residual
-        now = tuple(_version(parameter) for parameter in module.parameters())
+        now = tuple(version_of(parameter) for parameter in module.parameters())
         if now != self._sources:
             self.refresh()
             self._sources = now

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
@@ -39,7 +38,7 @@ except ImportError as error:
         "dreamkernels.integrations.diffusers needs diffusers: pip install 'dreamkernels[dreamllm]'"
     ) from error
 
-from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv
+from dreamkernels.conditioning import ConditionLayer, ConditionWeights, DreamCondition, condition_kv, project_states
 from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
 from dreamkernels.integrations import unet_forward as unets
 from dreamkernels.integrations import unet_layout as layout
@@ -73,14 +72,13 @@ class DiffusersReport(Report):
         if plan.layers is None:
             raise ValueError(f"this UNet takes no DreamCondition: {plan.unet_obstacle or 'it has no cross-attention'}")
         modules: list[Any] = list(plan.layer_numbers)
+        states = project_states(states, modules[0].cross_attention_dim, projector)
         if all(_plain_projections(module) for module in modules):
             if plan.condition_projection is not None:
-                states = states if projector is None else _project(states, projector)
                 return DreamCondition(plan.condition_projection(states), plan.layers)
             parts = [(module.to_k.weight, module.to_v.weight, module.heads) for module in modules]
             if not any(key.requires_grad or value.requires_grad for key, value, _ in parts):
-                return condition_kv(states, ConditionWeights.concatenate(parts), projector)
-        states = states if projector is None else _project(states, projector)
+                return condition_kv(states, ConditionWeights.concatenate(parts))
         columns = [part(states) for module in modules for part in (module.to_k, module.to_v)]
         return DreamCondition(torch.cat(columns, dim=-1), plan.layers)
 
@@ -200,13 +198,8 @@ def _models(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _plain_projections(module: Any) -> bool:
     return all(
-        type(part) is nn.Linear and part.bias is None and not (part._forward_hooks or part._forward_pre_hooks)
-        for part in (module.to_k, module.to_v)
+        type(part) is nn.Linear and part.bias is None and not layout.hooked(part) for part in (module.to_k, module.to_v)
     )
-
-
-def _project(states: Tensor, projector: Any) -> Tensor:
-    return F.linear(states, projector) if isinstance(projector, Tensor) else projector(states)
 
 
 class _Optimizer:

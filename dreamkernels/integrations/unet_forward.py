@@ -25,7 +25,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from dreamkernels.conditioning import DreamCondition
-from dreamkernels.integrations.unet_layout import Plan, TimeShift, doubled
+from dreamkernels.integrations.unet_layout import Plan, TimeShift, doubled, hooked
 
 __all__ = ["StepTime", "TimeTable", "transformer_blocks_in_order", "unet_forward", "why_not_walked"]
 
@@ -222,8 +222,7 @@ def _altered(unet: Any) -> bool:
     blocks = [*unet.down_blocks, *unet.up_blocks, *([] if unet.mid_block is None else [unet.mid_block])]
     checkpointing = torch.is_grad_enabled()
     return any(
-        block._forward_hooks
-        or block._forward_pre_hooks
+        hooked(block)
         or (checkpointing and getattr(block, "gradient_checkpointing", False))
         or getattr(block, "s1", None)
         for block in blocks

@@ -18,9 +18,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModelOutpu
 from torch import Tensor, nn
 
 from dreamkernels.conditioning import ConditionLayer, DreamCondition
-from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample
+from dreamkernels.frozen import FrozenConv2d, FrozenLinear, FrozenUpsample, version_of
 from dreamkernels.integrations.diffusers_attention import DreamkernelsAttnProcessor
 from dreamkernels.ops import attention, cross_conditioning, geglu, group_norm_silu, layer_norm
+from dreamkernels.ops.cross_conditioning import MAX_KEYS
 
 __all__ = ["Plan", "TimeShift"]
 
@@ -57,10 +58,11 @@ class Plan:
     def add(self, module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
         """module(x) + residual."""
         frozen = self.frozen.get(module)
-        return module(x) + residual if frozen is None or _hooked(module) else frozen(x, residual)
+        return module(x) + residual if frozen is None or hooked(module) else frozen(x, residual)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -224,14 +226,14 @@ def _tensor_condition(condition: Any, what: str) -> Any:
 def attends_plainly(module: Any) -> bool:
     """Whether an Attention computes softmax(q k^T) v of its projections and nothing else."""
     plain = type(module.processor) in (AttnProcessor2_0, DreamkernelsAttnProcessor)
-    return plain and not (_hooked(module) or (module.training and module.to_out[1].p > 0))
+    return plain and not (hooked(module) or (module.training and module.to_out[1].p > 0))
 
 
 def _self_attention(plan: Plan, module: Any, x: Tensor, residual: Tensor) -> Tensor:
     if not attends_plainly(module):
         return module(x) + residual
     merged = plan.merged.get(module)
-    if merged is None or any(type(part) is not nn.Linear or _hooked(part) for part in projections(module)):
+    if merged is None or any(type(part) is not nn.Linear or hooked(part) for part in projections(module)):
         q, k, v = (part(x).unflatten(2, (module.heads, -1)) for part in projections(module))
     else:
         q, k, v = merged(x).unflatten(2, (3, module.heads, -1)).unbind(2)
@@ -258,17 +260,14 @@ def _cross_attention(plan: Plan, module: Any, x: Tensor, condition: Any, residua
     pictures = condition.pictures if prepared else condition.shape[0]
     if pictures == 2 * q.shape[0]:
         q, residual = torch.cat([q, q]), doubled(residual, pictures)
-    out = cross_conditioning(q, k, v, module.scale) if _conditions(k) else attention(q, k, v, scale=module.scale)
+    attend = cross_conditioning if 1 <= k.shape[1] <= MAX_KEYS else attention
+    out = attend(q, k, v, scale=module.scale)
     return plan.add(module.to_out[0], out.flatten(2), residual)
-
-
-def _conditions(k: Tensor) -> bool:
-    return 1 <= k.shape[1] <= 128
 
 
 def _feed_forward(plan: Plan, module: Any, x: Tensor, residual: Tensor) -> Tensor:
     gate, dropout, out, *rest = module.net
-    if type(gate) is not GEGLU or rest or _hooked(module):
+    if type(gate) is not GEGLU or rest or hooked(module):
         return module(x) + residual
     return plan.add(out, dropout(gate(x)), residual)
 
@@ -283,9 +282,8 @@ def upsample_forward(
 ) -> Tensor:
     """Upsample2D: doubled by repetition, and convolved."""
     doubled_size = tuple(2 * side for side in hidden_states.shape[2:])
-    if (output_size is not None and tuple(output_size) != doubled_size) or module.conv not in plan.upsampled:
-        return type(module).forward(module, hidden_states, output_size, *args, **kwargs)
-    if _hooked(module.conv):
+    other_size = output_size is not None and tuple(output_size) != doubled_size
+    if other_size or module.conv not in plan.upsampled or hooked(module.conv):
         return type(module).forward(module, hidden_states, output_size, *args, **kwargs)
     return plan.upsampled[module.conv](hidden_states)
 
@@ -316,7 +314,7 @@ class ConditionCache:
         if torch.compiler.is_compiling():
             return _key_value(attn, states)
         modes = torch.is_autocast_enabled(states.device.type), torch.is_inference_mode_enabled()
-        key = (_version(states), modes, *map(_fingerprint, (attn.to_k, attn.to_v)))
+        key = (version_of(states), modes, *map(_fingerprint, (attn.to_k, attn.to_v)))
         if self._kept is None or self._states is None or self._states() is not states or self._key != key:
             self._kept = _key_value(attn, states)
             self._states, self._key = weakref.ref(states, self._forget), key
@@ -340,15 +338,11 @@ def _parameters(attn: Any) -> Any:
     yield from attn.to_v.parameters()
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _fingerprint(module: Any) -> tuple:
     """Changes when a projection is replaced or its parameters are written to; or when peft's adapters are set."""
     if type(module) is nn.Linear:
-        return id(module), module.weight.data_ptr(), _version(module.weight)
-    parts = tuple((parameter.data_ptr(), _version(parameter)) for parameter in module.parameters())
+        return id(module), version_of(module.weight)
+    parts = tuple(map(version_of, module.parameters()))
     adapters = tuple(
         str(getattr(module, name, None))
         for name in ("scaling", "merged_adapters", "active_adapters", "disable_adapters")

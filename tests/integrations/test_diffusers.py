@@ -203,6 +203,10 @@ def test_what_does_not_fit_is_named(optimised):
         unet(x, 7, conditions(3))
     with pytest.raises(ValueError, match="3 time steps were given for 2 latents"):
         unet(x, torch.tensor([1, 2, 3]), conditions(2))
+    with pytest.raises(ValueError, match="does not take states of width 7"):
+        report.condition(torch.randn(2, 5, 7), torch.randn(WIDTH, 6))
+    with pytest.raises(ValueError, match=f"must be .conditions, keys, {WIDTH}.; give a projector"):
+        report.condition(torch.randn(2, 5, 7))
     other = make_unet(attention_head_dim=[2, 2, 2])
     with optimize(other) as another:
         with pytest.raises(ValueError, match="made for another model"):
