@@ -9,20 +9,6 @@ namespace {
 
 using namespace ::dreamkernels::DK_ISA;
 
-struct Range {
-  int64_t sample, begin, count;  // begin: of the block, from the first element of all samples
-};
-
-template <class F>
-DK_INLINE void for_each_block(int64_t sample_elements, int64_t begin_item, int64_t end_item, F&& f) {
-  const int64_t blocks = blocks_of(sample_elements);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const int64_t sample = item / blocks, first = item % blocks * block_elements;
-    const int64_t left = sample_elements - first;
-    f(item, Range{sample, sample * sample_elements + first, left < block_elements ? left : block_elements});
-  }
-}
-
 template <class F>
 void with_elements(Element wide, Element narrow, F&& f) {
   if (wide != Element::float32) {
@@ -52,7 +38,7 @@ struct Difference {
   const W* noise;
   Vec signal, minus_sigma;
 
-  DK_INLINE Difference(const Loss& job, const Range& at)
+  DK_INLINE Difference(const Loss& job, const SampleRange& at)
       : prediction(static_cast<const N*>(job.prediction) + at.begin),
         latents(static_cast<const W*>(job.latents) + at.begin),
         noise(static_cast<const W*>(job.noise) + at.begin),
@@ -74,7 +60,7 @@ struct Difference {
 
 void add_noise(Element wide, Element narrow, const AddNoise& job, int64_t begin_item, int64_t end_item) {
   with_elements(wide, narrow, [&]<class W, class N>(W*, N*) {
-    for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const Range& at) {
+    for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const SampleRange& at) {
       const W* x = static_cast<const W*>(job.latents) + at.begin;
       const W* e = static_cast<const W*>(job.noise) + at.begin;
       N* noisy = static_cast<N*>(job.noisy) + at.begin;
@@ -89,7 +75,7 @@ void add_noise(Element wide, Element narrow, const AddNoise& job, int64_t begin_
 void squares(Element wide, Element narrow, const Loss& job, float* squares, int64_t begin_item, int64_t end_item) {
   with_elements(wide, narrow, [&]<class W, class N>(W*, N*) {
     with_target(job.target, [&]<Target kind>(As<kind>) {
-      for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t item, const Range& at) {
+      for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t item, const SampleRange& at) {
         const Difference<kind, W, N> difference(job, at);
         // Sums of sums: as long chains of additions would lose more bits than PyTorch's pairwise ones.
         constexpr int64_t run = 16 * 2 * Vec::width;
@@ -119,7 +105,7 @@ void backward(Element wide, Element narrow, const Loss& job, const float* factor
               int64_t end_item) {
   with_elements(wide, narrow, [&]<class W, class N>(W*, N*) {
     with_target(job.target, [&]<Target kind>(As<kind>) {
-      for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const Range& at) {
+      for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const SampleRange& at) {
         const Difference<kind, W, N> difference(job, at);
         N* to = static_cast<N*>(grad) + at.begin;
         const Vec factor(factors[at.sample]);

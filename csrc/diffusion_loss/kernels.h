@@ -3,6 +3,7 @@
 #pragma once
 #include "common/elements.h"
 #include "common/isa.h"
+#include "common/sample_blocks.h"
 
 namespace dreamkernels::diffusion_loss {
 
@@ -28,9 +29,6 @@ struct Loss {
   int64_t sample_elements;
   Target target;
 };
-
-constexpr int64_t block_elements = 8192;
-constexpr int64_t blocks_of(int64_t sample_elements) { return (sample_elements + block_elements - 1) / block_elements; }
 
 // Over items, of which sample s has those from s * blocks_of(sample_elements) on. `wide` is the type of latents and noise, `narrow`
 // that of the noisy latents and the prediction: the same, or anything where wide is float32.

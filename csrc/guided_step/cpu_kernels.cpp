@@ -7,20 +7,6 @@ namespace {
 
 using namespace ::dreamkernels::DK_ISA;
 
-struct Range {
-  int64_t sample, begin, count;  // begin: of the block, from the first element of all samples
-};
-
-template <class F>
-DK_INLINE void for_each_block(int64_t sample_elements, int64_t begin_item, int64_t end_item, F&& f) {
-  const int64_t blocks = blocks_of(sample_elements);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    const int64_t sample = item / blocks, first = item % blocks * block_elements;
-    const int64_t left = sample_elements - first;
-    f(item, Range{sample, sample * sample_elements + first, left < block_elements ? left : block_elements});
-  }
-}
-
 DK_INLINE float scale_of(const Step& job, int64_t sample) { return job.scales ? job.scales[sample] : job.scale; }
 
 template <class P, class Extent>
@@ -33,7 +19,7 @@ DK_INLINE Vec guided(const P* unconditional, const P* conditional, int64_t k, Ve
 DK_INLINE Vec clip(Vec v, Vec limit) { return max(Vec(0.0f) - limit, min(limit, v)); }
 
 template <class L, class P>
-DK_INLINE void step_block(const Step& job, const Range& at) {
+DK_INLINE void step_block(const Step& job, const SampleRange& at) {
   const auto* x = static_cast<const L*>(job.latents) + at.begin;
   const auto* u = static_cast<const P*>(job.unconditional) + (job.unconditional ? at.begin : 0);
   const auto* c = static_cast<const P*>(job.conditional) + at.begin;
@@ -80,7 +66,7 @@ struct Sums {
 };
 
 template <class P>
-DK_INLINE Moments moments_of_block(const Step& job, const Range& at) {
+DK_INLINE Moments moments_of_block(const Step& job, const SampleRange& at) {
   const auto* u = static_cast<const P*>(job.unconditional) + at.begin;
   const auto* c = static_cast<const P*>(job.conditional) + at.begin;
   const Vec scale(scale_of(job, at.sample));
@@ -104,7 +90,7 @@ DK_INLINE Moments moments_of_block(const Step& job, const Range& at) {
 
 template <class L, class P>
 void step_items(const Step& job, int64_t begin_item, int64_t end_item) {
-  for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const Range& at) { step_block<L, P>(job, at); });
+  for_each_block(job.sample_elements, begin_item, end_item, [&](int64_t, const SampleRange& at) { step_block<L, P>(job, at); });
 }
 
 }  // namespace
@@ -120,7 +106,7 @@ void step(Element latents, Element prediction, const Step& job, int64_t begin_it
 void moments(Element prediction, const Step& job, Moments* found, int64_t begin_item, int64_t end_item) {
   with_element(prediction, [&]<class E>(E*) {
     for_each_block(job.sample_elements, begin_item, end_item,
-                   [&](int64_t item, const Range& at) { found[item] = moments_of_block<E>(job, at); });
+                   [&](int64_t item, const SampleRange& at) { found[item] = moments_of_block<E>(job, at); });
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/elements.h"
 #include "common/isa.h"
+#include "common/sample_blocks.h"
 
 namespace dreamkernels::guided_step {
 
@@ -32,9 +33,6 @@ struct Step {
   float scale;
   Coefficients coefficients;
 };
-
-constexpr int64_t block_elements = 8192;
-constexpr int64_t blocks_of(int64_t sample_elements) { return (sample_elements + block_elements - 1) / block_elements; }
 
 // Over items, of which sample s has those from s * blocks_of(sample_elements) on. The prediction has the type of latents, or a
 // narrower one where those are float32.
