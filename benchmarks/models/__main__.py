@@ -21,10 +21,10 @@ def main() -> int:
     import torch
 
     from benchmarks.harness import Result, measure
-    from benchmarks.models.sizes import SIZES, costs
+    from benchmarks.models.costs import costs
     from benchmarks.models.workloads import OURS, workloads
 
-    known = workloads(SIZES["mini"])
+    known = workloads("mini")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="workload", help=f"default: all ({', '.join(known)})")
     parser.add_argument("--size", choices=("tiny", "mini"), default="mini", help="7b needs a GPU and has no runner yet")
@@ -37,11 +37,10 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown workloads: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     torch.set_num_threads(arguments.threads)
-    size = SIZES[arguments.size]
-    shares = {part: f"{share:.0%}" for part, share in costs(size).share_of_pair(size).items()}
-    print(f"{size.name}, {arguments.threads} threads; shares of a pair's operations: {shares}")
+    shares = {part: f"{share:.0%}" for part, share in costs(arguments.size).share_of_pair(arguments.size).items()}
+    print(f"{arguments.size}, {arguments.threads} threads; shares of a pair's operations: {shares}")
     results: list[Result] = []
-    for name, make in workloads(size, arguments.compile).items():
+    for name, make in workloads(arguments.size, arguments.compile).items():
         if not arguments.names or name in arguments.names:
             result = measure(make(), rounds=arguments.rounds)
             results.append(result)

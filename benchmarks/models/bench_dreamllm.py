@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Case
-from benchmarks.models.sizes import SIZES
 from benchmarks.models.workloads import workloads
 
 FAMILY = "dreamllm"
@@ -19,7 +18,7 @@ FAMILY = "dreamllm"
 def cases(device: str) -> Iterator[Case]:
     if device != "cpu":
         raise ValueError(f"the workloads of DreamLLM are prepared on the CPU only, not on {device}")
-    for make in workloads(SIZES["mini"]).values():
+    for make in workloads("mini").values():
         torch._dynamo.reset()
         yield make()
 

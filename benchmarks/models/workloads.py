@@ -18,8 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import Call, Case
-from benchmarks.models.sizes import Size, build
-from benchmarks.models.synthetic import Source, make_processor
 from benchmarks.original_pattern import OriginalPattern, Trainer, draw, pad_batch, write
 from dreamllm.documents import Document, PackedBatch
 from dreamllm.inference import DrawingOptions, Engine, GenerationOptions
@@ -28,6 +26,7 @@ from dreamllm.model import DreamLLM
 from dreamllm.model.codec import encode_pictures
 from dreamllm.training import StageConfig
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
+from dreamllm.workloads import STAGES, SyntheticDocuments, make_model, make_processor
 
 OURS, SAVING, PATTERN, COMPILED = (
     "dreamllm",
@@ -35,7 +34,6 @@ OURS, SAVING, PATTERN, COMPILED = (
     "original pattern",
     "original pattern, torch.compile",
 )
-LEARNING_RATES = {"stage1": 2e-3, "stage2": 2e-5, "stage3": 4e-5}  # spec D.2
 LOSS_TOLERANCE = 1e-4
 PICTURE_TOLERANCE = 2.5 / 255  # two levels of 8 bits
 
@@ -43,49 +41,36 @@ PICTURE_TOLERANCE = 2.5 / 255  # two levels of 8 bits
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def stage1_comprehension_documents(source: Source, count: int) -> list[Document]:
-    return [source.comprehension_pair() for _ in range(count)]
-
-
-def stage1_creation_documents(source: Source, count: int) -> list[Document]:
-    return [source.creation_pair() for _ in range(count)]
-
-
-def stage2_documents(source: Source, count: int) -> list[Document]:
-    """Half interleaved documents, half pairs, of which every other one is read and the others are drawn."""
-    pairs = [source.comprehension_pair, source.creation_pair]
-    return [source.interleaved() if i % 2 else pairs[i // 2 % 2]() for i in range(count)]
-
-
-def stage3_documents(source: Source, count: int) -> list[Document]:
-    """Four dialogues about pictures to one request to draw and one interleaved answer, the paper's 80K : 20K : 20K."""
-    kinds = [source.dialogue, source.drawing_dialogue, source.dialogue] * 2
-    kinds[4] = source.instruction_interleaved
-    return [kinds[i % len(kinds)]() for i in range(count)]
-
-
-_DOCUMENTS: dict[str, Callable[[Source, int], list[Document]]] = {
-    "stage1_comprehension": stage1_comprehension_documents,
-    "stage1_creation": stage1_creation_documents,
-    "stage2": stage2_documents,
-    "stage3": stage3_documents,
+# The kinds of a step's documents, taken in turn: halves of stage II as in the paper, and 80K : 20K : 20K of stage III.
+_KINDS = {
+    "stage1_comprehension": ("comprehension pair",),
+    "stage1_creation": ("creation pair",),
+    "stage2": ("comprehension pair", "interleaved", "creation pair", "interleaved"),
+    "stage3": (*("conversation",) * 2, "drawing order", *("conversation",) * 2, "interleaved order"),
 }
 
 
-def training_case(size: Size, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
+def stage_documents(stage: str, size: str, count: int, seed: int = 0) -> list[Document]:
+    """`count` documents of a stage's kinds, of lengths as in the paper's data."""
+    kinds = [_KINDS[stage][i % len(_KINDS[stage])] for i in range(count)]
+    readers = {kind: SyntheticDocuments(kind, size, count, seed) for kind in set(kinds)}
+    return [readers[kind][i] for i, kind in enumerate(kinds)]
+
+
+def training_case(size: str, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
     """One step of stage `kind` on `batch` documents. `cached`: ours gets the pictures' latents, as from a cache."""
-    stage = StageConfig(kind, kind, (), 1000, batch, LEARNING_RATES[kind.split("_")[0]])  # type: ignore[arg-type]
+    stage = StageConfig(kind, STAGES[kind].kind, (), 1000, batch, STAGES[kind].learning_rate)
     processor = make_processor(size)
-    encoded = [processor.encode(document) for document in _DOCUMENTS[kind](Source(size), batch)]
+    encoded = [processor.encode(document) for document in stage_documents(kind, size, batch)]
     packed = processor.pack(encoded)
     padded = pad_batch(encoded, processor.layout, processor)
-    ours = build(size)
+    ours = make_model(size).eval()
     trainers = {PATTERN: Trainer(OriginalPattern(ours), stage)}
     if compiled:
         trainers[COMPILED] = Trainer(compile_heavy(OriginalPattern(ours)), stage)
     contenders: dict[str, Call] = {OURS: _our_step(ours, stage, packed, cached)}
     if kind == "stage2":
-        saving = build(size)
+        saving = make_model(size).eval()
         contenders[SAVING] = _our_step(saving, stage, packed, cached)
         saving.use_less_memory(pictures_per_pass=math.ceil(len(packed.dream_positions) / 2))
     for name, trainer in trainers.items():
@@ -94,7 +79,7 @@ def training_case(size: Size, kind: str, batch: int = 8, cached: bool = False, c
     label += f" (padded: {padded.input_ids.numel()}), {len(packed.dream_positions)} pictures to draw"
     trained = sum(p.numel() * p.element_size() for p in ours.parameters() if p.requires_grad)
     return Case(
-        f"{size.name} {kind}",
+        f"{size} {kind}",
         label,
         list,
         contenders,
@@ -135,11 +120,11 @@ def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: b
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def captioning_case(size: Size, num_beams: int = 1, new_tokens: int = 32, compiled: bool = True) -> Case:
+def captioning_case(size: str, num_beams: int = 1, new_tokens: int = 32, compiled: bool = True) -> Case:
     """One picture and a question -> `new_tokens` tokens, greedily or with beams."""
     processor = make_processor(size)
-    ours = build(size)
-    document = Source(size).captioning_prompt()
+    ours = make_model(size).eval()
+    document = SyntheticDocuments("picture prompt", size, 1)[0]
     engine = Engine(ours, processor)
     batch = processor.pad([processor.encode(document)])
     inputs = batch["input_ids"], batch["attention_mask"], batch["pixel_values"]
@@ -157,7 +142,7 @@ def captioning_case(size: Size, num_beams: int = 1, new_tokens: int = 32, compil
     for name, pattern in patterns.items():
         contenders[name] = lambda pattern=pattern: write(pattern, *inputs, new_tokens, num_beams, never)[0]
     return Case(
-        f"{size.name} captioning",
+        f"{size} captioning",
         f"{'greedy' if num_beams == 1 else f'{num_beams} beams'}, one picture, {new_tokens} tokens",
         list,
         contenders,
@@ -193,7 +178,7 @@ def _beams(model: DreamLLM, batch: dict[str, Tensor], never: list[int], num_beam
 
 
 def drawing_case(
-    size: Size,
+    size: str,
     prompts: int = 4,
     candidates: int = 1,
     steps: int = 50,
@@ -203,9 +188,9 @@ def drawing_case(
     """Prompts -> pictures, guided. To the pattern a candidate is one more row of the batch with the same prompt: the
     original draws its candidates in separate runs, but over batches as large as ours."""
     processor = make_processor(size)
-    ours = build(size)
-    source = Source(size)
-    documents = [source.drawing_prompt() for _ in range(prompts)]
+    ours = make_model(size).eval()
+    reader = SyntheticDocuments("drawing prompt", size, prompts)
+    documents = [reader[i] for i in range(prompts)]
     ids = [processor.encode(document).input_ids for document in documents]
     patterns = {PATTERN: OriginalPattern(ours)}
     if compiled:
@@ -230,7 +215,7 @@ def drawing_case(
         contenders[name] = lambda pattern=pattern: their_pictures(pattern)
     many = f", {candidates} candidates each" if candidates > 1 else ""
     return Case(
-        f"{size.name} text_to_image",
+        f"{size} text_to_image",
         f"{prompts} prompt{'s' if prompts > 1 else ''}{many}, {steps} guided steps",
         list,
         contenders,
@@ -262,7 +247,7 @@ def compile_heavy(pattern: OriginalPattern) -> OriginalPattern:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def workloads(size: Size, compiled: bool = True) -> dict[str, Callable[[], Case]]:
+def workloads(size: str, compiled: bool = True) -> dict[str, Callable[[], Case]]:
     """Every workload by name; each makes its own models when called. `compiled`: with the compiled pattern."""
 
     def training(kind: str, cached: bool = False) -> Callable[[], Case]:

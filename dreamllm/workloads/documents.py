@@ -8,6 +8,8 @@ Lengths are those of real data, in tokens; a size's `text_scale` shortens them:
 - conversation: 1 to 4 turns with questions of about 15 and answers of about 60 tokens, one picture, as LLaVA-Instruct.
 - drawing order: a request of about 45 tokens, answered by one created picture: instructions made of captions.
 - interleaved order: a request of about 30 tokens, answered by an interleaved document.
+- picture prompt: a picture and 20 tokens, to be answered.
+- drawing prompt: 10 to 40 tokens, to be drawn.
 
 Words and pictures are random: what they cost does not depend on what they show.
 """
@@ -25,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from dreamllm.data import Reader, derive_seed
-from dreamllm.documents import VICUNA_V1_1, Document, conversation, instruction_interleaved, interleaved, pair
+from dreamllm.documents import VICUNA_V1_1, Document, conversation, instruction_interleaved, interleaved, pair, prompt
 from dreamllm.workloads.sizes import ORDINARY_TOKENS, ModelSize, model_size
 
 PICTURE_POOL = 24
@@ -103,6 +105,14 @@ def _drawing_order(draw: Drawer, name: str) -> Document:
     return conversation(turns, draw.pictures(1), VICUNA_V1_1, name=name)
 
 
+def _picture_prompt(draw: Drawer, name: str) -> Document:
+    return prompt(f"<image> {draw.words_of(round(20 * draw.scale))}", draw.pictures(1), name=name)
+
+
+def _drawing_prompt(draw: Drawer, name: str) -> Document:
+    return prompt(draw.words_of(round(draw.rng.randint(10, 40) * draw.scale)), name=name)
+
+
 DOCUMENT_KINDS: dict[str, Callable[[Drawer, str], Document]] = {
     "comprehension pair": lambda draw, name: _pair(draw, "comprehension", name),
     "creation pair": lambda draw, name: _pair(draw, "creation", name),
@@ -112,6 +122,15 @@ DOCUMENT_KINDS: dict[str, Callable[[Drawer, str], Document]] = {
     "drawing order": _drawing_order,
     "interleaved order": _interleaved_order,
 }
+"""What stages train on."""
+
+PROMPT_KINDS: dict[str, Callable[[Drawer, str], Document]] = {
+    "picture prompt": _picture_prompt,
+    "drawing prompt": _drawing_prompt,
+}
+"""What a model is asked."""
+
+_KINDS = {**DOCUMENT_KINDS, **PROMPT_KINDS}
 
 
 class SyntheticDocuments(Reader):
@@ -121,8 +140,8 @@ class SyntheticDocuments(Reader):
     """
 
     def __init__(self, kind: str, size: str, count: int, seed: int = 0) -> None:
-        if kind not in DOCUMENT_KINDS:
-            raise ValueError(f"unknown kind of document {kind!r}; known: {', '.join(DOCUMENT_KINDS)}")
+        if kind not in _KINDS:
+            raise ValueError(f"unknown kind of document {kind!r}; known: {', '.join(_KINDS)}")
         self.kind, self.size, self.count, self.seed = kind, model_size(size), count, seed
         self.name = f"synthetic {kind}"
 
@@ -133,7 +152,7 @@ class SyntheticDocuments(Reader):
         if not 0 <= index < self.count:
             raise IndexError(f"index {index} is outside [0, {self.count})")
         draw = Drawer(self.size, derive_seed(self.seed, self.kind, index))
-        return DOCUMENT_KINDS[self.kind](draw, f"{self.name} {index}")
+        return _KINDS[self.kind](draw, f"{self.name} {index}")
 
 
 def _picture_side(size: ModelSize) -> int:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.models.sizes import SIZES, build
-from benchmarks.models.synthetic import Source, make_processor
+from benchmarks.models.workloads import stage_documents
 from benchmarks.original_pattern import OriginalPattern, Trainer, pad_batch, write
 from benchmarks.original_pattern.drawing import draw_pixels
 from benchmarks.original_pattern.training import language_loss, losses
@@ -16,23 +15,13 @@ from dreamllm.inference import DrawingOptions, Engine, GenerationOptions, draw
 from dreamllm.model.original import load_original
 from dreamllm.training import StageConfig
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
+from dreamllm.workloads import SyntheticDocuments, make_model, make_processor
 from tests.golden import reference
 
-SIZE = SIZES["tiny"]
+SIZE = "tiny"
 GRADIENT_TOLERANCE = 1e-4
 """Of the norm. Both programs sum thousands of float32 products (relative rounding 6e-8) in different orders through a
 few dozen layers; 1e-4 is a tenth of what the numbers recorded from the original support."""
-
-
-def documents(kind, seed=0):
-    source = Source(SIZE, seed)
-    if kind == "stage1_comprehension":
-        return [source.comprehension_pair() for _ in range(3)]
-    if kind == "stage1_creation":
-        return [source.creation_pair() for _ in range(3)]
-    if kind == "stage2":
-        return [source.interleaved(), source.comprehension_pair(), source.interleaved(), source.creation_pair()]
-    return [source.dialogue(), source.drawing_dialogue(), source.instruction_interleaved()]
 
 
 def stage(kind):
@@ -44,6 +33,10 @@ def processor():
     return make_processor(SIZE)
 
 
+def picture_prompt():
+    return SyntheticDocuments("picture prompt", SIZE, 1)[0]
+
+
 def generator():
     return torch.Generator().manual_seed(7)
 
@@ -53,9 +46,9 @@ KINDS = ["stage1_comprehension", "stage1_creation", "stage2", "stage3"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_dreamllm(kind, processor):
-    encoded = [processor.encode(document) for document in documents(kind)]
+    encoded = [processor.encode(document) for document in stage_documents(kind, SIZE, 6)]
     assert len({len(document) for document in encoded}) > 1
-    model = build(SIZE)
+    model = make_model(SIZE).eval()
     theirs = OriginalPattern(model)
     prepare_model(model, stage(kind))
     Trainer(theirs, stage(kind))
@@ -84,9 +77,9 @@ def test_losses_and_gradients_are_those_of_dreamllm(kind, processor):
 
 def test_steps_move_the_parameters_alike(processor):
     kind = "stage2"
-    encoded = [processor.encode(document) for document in documents(kind)]
+    encoded = [processor.encode(document) for document in stage_documents(kind, SIZE, 6)]
     packed, padded = processor.pack(encoded), pad_batch(encoded, processor.layout, processor)
-    model = build(SIZE)
+    model = make_model(SIZE).eval()
     theirs = OriginalPattern(model)
     start = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = make_optimizer(prepare_model(model, stage(kind)), stage(kind))
@@ -107,8 +100,8 @@ def test_steps_move_the_parameters_alike(processor):
 @pytest.fixture(scope="module")
 def written(processor):
     """A model, its pattern and the inputs of one captioning prompt."""
-    model = build(SIZE)
-    encoded = processor.encode(Source(SIZE).captioning_prompt())
+    model = make_model(SIZE).eval()
+    encoded = processor.encode(picture_prompt())
     batch = processor.pad([encoded])
     return model, OriginalPattern(model), batch
 
@@ -121,7 +114,7 @@ def test_greedy_tokens_are_those_of_the_engine(written, processor):
     model, theirs, batch = written
     engine = Engine(model, processor)
     options = GenerationOptions(max_new_tokens=16, pictures="forbid")
-    answer = engine.answer(Source(SIZE).captioning_prompt(), options)
+    answer = engine.answer(picture_prompt(), options)
     assert answer.stopped == "length"
     inputs = batch["input_ids"], batch["attention_mask"], batch["pixel_values"]
     assert write(theirs, *inputs, 16, never=never(engine))[0].tolist() == list(answer.token_ids)
@@ -142,9 +135,9 @@ def test_five_beams_are_those_of_generate(written, processor):
 
 
 def test_pictures_are_those_of_the_sampler(processor):
-    model = build(SIZE)
-    source = Source(SIZE)
-    prompts = [source.drawing_prompt() for _ in range(3)]
+    model = make_model(SIZE).eval()
+    reader = SyntheticDocuments("drawing prompt", SIZE, 3)
+    prompts = [reader[i] for i in range(3)]
     encoded = [processor.encode(prompt).input_ids for prompt in prompts]
     assert len({len(ids) for ids in encoded}) > 1
     engine = Engine(model, processor)
@@ -190,8 +183,8 @@ class Operators(TorchDispatchMode):
 
 
 def test_no_operator_of_dreamkernels_runs(processor):
-    encoded = [processor.encode(document) for document in documents("stage2")]
-    model = build(SIZE)
+    encoded = [processor.encode(document) for document in stage_documents("stage2", SIZE, 4)]
+    model = make_model(SIZE).eval()
     theirs = OriginalPattern(model)
     with Operators() as seen:
         losses(theirs, pad_batch(encoded, processor.layout, processor), generator())
@@ -228,8 +221,8 @@ def test_the_condition_is_projected_in_every_denoising_step(written):
 
 
 def test_decoder_layers_are_checkpointed_and_the_unet_is_not(processor):
-    encoded = [processor.encode(document) for document in documents("stage2")]
-    theirs = OriginalPattern(build(SIZE))
+    encoded = [processor.encode(document) for document in stage_documents("stage2", SIZE, 4)]
+    theirs = OriginalPattern(make_model(SIZE).eval())
     trainer = Trainer(theirs, stage("stage2"))
     block = theirs.unet.mid_block.resnets[0]
     with counted(theirs.model.layers[0].mlp) as layers, counted(block) as blocks:

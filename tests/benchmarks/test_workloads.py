@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from benchmarks.harness import Case, check_contenders, measure
-from benchmarks.models.sizes import SIZES
 from benchmarks.models.workloads import COMPILED, OURS, PATTERN, SAVING, workloads
 
-WORKLOADS = workloads(SIZES["tiny"], compiled=False)
+WORKLOADS = workloads("tiny", compiled=False)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

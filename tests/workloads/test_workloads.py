@@ -13,6 +13,7 @@ from dreamllm.model import DreamLLMProcessor
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import (
     DOCUMENT_KINDS,
+    PROMPT_KINDS,
     SIZES,
     STAGES,
     SyntheticDocuments,
@@ -67,7 +68,7 @@ def test_documents_have_the_lengths_of_real_data():
     assert min(documents) < 800
 
 
-@pytest.mark.parametrize("kind", DOCUMENT_KINDS)
+@pytest.mark.parametrize("kind", [*DOCUMENT_KINDS, *PROMPT_KINDS])
 def test_a_document_follows_from_its_seed(kind):
     a, b, other = (SyntheticDocuments(kind, "tiny", 50, seed) for seed in (1, 1, 2))
     assert [a[i] for i in (0, 31)] == [b[i] for i in (0, 31)]
@@ -83,6 +84,13 @@ def test_documents_are_usable_and_their_pictures_can_be_read(kind, size):
         sample = prepare(reader[i], processor)
         assert {problem.reason for problem in sample.problems} <= {"trimmed"}
         assert len(sample.encoded) <= processor.layout.max_length
+
+
+def test_prompts_have_the_lengths_of_the_papers():
+    asked = lengths("picture prompt")
+    assert set(asked) == {1 + 256 + 2 + 20}
+    drawn = lengths("drawing prompt")
+    assert 1 + 10 == min(drawn) < max(drawn) == 1 + 40
 
 
 @pytest.mark.parametrize("name", STAGES)
