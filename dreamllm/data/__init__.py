@@ -7,7 +7,7 @@ from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
 from dreamllm.data.open import UnknownDataError, open_data, open_pairs
 from dreamllm.data.pairs import CaptionInstructions, FolderPairs, Pair, PairMode, Pairs, PairSource
 from dreamllm.data.preparation import Encoder, prepare
-from dreamllm.data.problems import BadSampleError, Problem, ProblemLog, TooManyBadSamplesError
+from dreamllm.data.problems import BadSampleError, FilteredSampleError, Problem, ProblemLog, TooManyBadSamplesError
 from dreamllm.data.reader import DocumentList, Reader
 from dreamllm.data.seeds import Permutation, derive_seed, uniform
 from dreamllm.data.tars import TarPairs
@@ -20,6 +20,7 @@ __all__ = [
     "DocumentList",
     "Draw",
     "Encoder",
+    "FilteredSampleError",
     "FolderPairs",
     "Interleaved",
     "LoadedBatch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from PIL import Image
 
@@ -13,6 +13,7 @@ from dreamllm.documents import (
     IGNORE_INDEX,
     Document,
     EncodedDocument,
+    OversizedPictureError,
     PackedBatch,
     Picture,
     PictureError,
@@ -48,7 +49,7 @@ def prepare(document: Document, encoder: Encoder) -> Prepared:
     exceed the context, and when no token and no picture is left to learn from.
     """
     name = document.name or "(unnamed)"
-    problems: list[Problem] = []
+    problems = [Problem(cast(Reason, reason), message) for reason, message in document.remarks]
     decoded: dict[int, Image.Image] = {}
     while True:
         encoded = _encode(document, encoder, name)
@@ -100,5 +101,11 @@ def _decode(encoded: EncodedDocument, decoded: dict[int, Image.Image], name: str
 
 
 def _unreadable(source: PictureSource, error: PictureError, name: str) -> BadSampleError:
-    reason: Reason = "missing_image" if isinstance(error.__cause__, FileNotFoundError) else "corrupt_image"
-    return BadSampleError(reason, f"{name}: {error}")
+    return BadSampleError(picture_reason(error), f"{name}: {error}")
+
+
+def picture_reason(error: PictureError) -> Reason:
+    """Why a picture cannot be read, as a reason to count."""
+    if isinstance(error, OversizedPictureError):
+        return "oversized"
+    return "missing_image" if isinstance(error.__cause__, FileNotFoundError) else "corrupt_image"

@@ -16,12 +16,32 @@ Reason = Literal[
     "too_long",
     "nothing_to_learn",
     "truncated_archive",
+    "changed_archive",
+    "duplicate_key",
+    "oversized",
+    "small_picture",
+    "few_pictures",
+    "low_similarity",
+    "other_language",
+    "blacklisted",
+    "url_caption",
     "trimmed",
     "lost_picture",
+    "filtered_picture",
 ]
-"""Why a sample was left out, or (the last two) changed: its text was cut at the context, or it lost a picture."""
+"""Why a sample was left out, or (`KEPT_REASONS`) changed: its text was cut at the context, or it lost a picture."""
 
-KEPT_REASONS = ("trimmed", "lost_picture")
+FILTERED_REASONS = (
+    "small_picture",
+    "few_pictures",
+    "low_similarity",
+    "other_language",
+    "blacklisted",
+    "url_caption",
+)
+"""A filter left the sample out: nothing is wrong with it, so it does not count towards the limit that stops a run."""
+
+KEPT_REASONS = ("trimmed", "lost_picture", "filtered_picture")
 EXAMPLES_PER_REASON = 3
 
 
@@ -32,6 +52,14 @@ class BadSampleError(ValueError):
         assert reason in get_args(Reason)
         super().__init__(message)
         self.reason = reason
+
+
+class FilteredSampleError(BadSampleError):
+    """A sample that a filter left out. `reason` is one of `FILTERED_REASONS`."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        assert reason in FILTERED_REASONS
+        super().__init__(reason, message)
 
 
 class TooManyBadSamplesError(ValueError):
@@ -49,14 +77,19 @@ class Problem:
     def kept(self) -> bool:
         return self.reason in KEPT_REASONS
 
+    @property
+    def filtered(self) -> bool:
+        """Whether a filter left the sample out, so that it counts neither as used nor as bad."""
+        return self.reason in FILTERED_REASONS
+
 
 @dataclass
 class ProblemLog:
     """Counts problems by reason over a run and stops it when too many samples are unusable.
 
     `max_bad_fraction`: the largest tolerated share of unusable samples among all that were drawn, judged once
-    `min_documents` have been drawn. `documents` counts the samples drawn; `counts` problems by reason; `examples` up to
-    three messages of each reason.
+    `min_documents` have been drawn. `documents` counts the samples drawn that no filter left out; `counts` problems by
+    reason, filtered samples included; `examples` up to three messages of each reason.
     """
 
     max_bad_fraction: float = 0.1
@@ -69,7 +102,7 @@ class ProblemLog:
         """Records a batch of `used` documents. Raises `TooManyBadSamplesError` beyond the tolerated share."""
         self.documents += used
         for problem in problems:
-            self.documents += not problem.kept
+            self.documents += not (problem.kept or problem.filtered)
             self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
             examples = self.examples.setdefault(problem.reason, [])
             if len(examples) < EXAMPLES_PER_REASON and problem.message not in examples:
@@ -82,8 +115,13 @@ class ProblemLog:
 
     @property
     def bad(self) -> int:
-        """How many samples were left out."""
-        return sum(count for reason, count in self.counts.items() if reason not in KEPT_REASONS)
+        """How many samples were left out because they cannot be used."""
+        return sum(count for r, count in self.counts.items() if r not in KEPT_REASONS and r not in FILTERED_REASONS)
+
+    @property
+    def filtered(self) -> int:
+        """How many samples filters left out."""
+        return sum(count for reason, count in self.counts.items() if reason in FILTERED_REASONS)
 
     def summary(self) -> str:
         """One line per reason with its count and examples; empty when there was no problem."""

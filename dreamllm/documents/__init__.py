@@ -5,7 +5,7 @@ from dreamllm.documents.document import Document, End, Part, Picture, Text
 from dreamllm.documents.encode import EncodedDocument, encode_document
 from dreamllm.documents.formats import conversation, instruction_interleaved, interleaved, pair, prompt
 from dreamllm.documents.layout import IGNORE_INDEX, SPECIAL_TOKENS, SequenceLayout
-from dreamllm.documents.picture import PictureError, PictureSource, load_picture
+from dreamllm.documents.picture import OversizedPictureError, PictureError, PictureSource, load_picture, picture_size
 from dreamllm.documents.templates import CHAT_TEMPLATES, PLAIN, VICUNA_V1_1, ChatTemplate, chat_template
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Document",
     "EncodedDocument",
     "End",
+    "OversizedPictureError",
     "PackedBatch",
     "Part",
     "Picture",
@@ -34,5 +35,6 @@ __all__ = [
     "load_picture",
     "pack_batch",
     "pair",
+    "picture_size",
     "prompt",
 ]

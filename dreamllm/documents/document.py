@@ -5,7 +5,7 @@ Readers produce `Document`s; nothing after the reader knows where a document cam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dreamllm.documents.picture import PictureSource
@@ -65,12 +65,14 @@ class Document:
     - `"cut"`: the id sequence is cut at the limit, never inside a picture (conversations);
     - `"error"`: a `ValueError` that says by how much (prompts).
 
-    `name` identifies the document in error messages.
+    `name` identifies the document in error messages. `remarks` are (reason, message) of what its reader left out of it,
+    such as a picture that is missing.
     """
 
     parts: tuple[Part, ...]
     overflow: Overflow = "stop"
     name: str = ""
+    remarks: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def pictures(self) -> tuple[Picture, ...]:
         return tuple(part for part in self.parts if isinstance(part, Picture))

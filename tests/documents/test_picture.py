@@ -1,12 +1,14 @@
 """Pictures in every form they arrive in, and what is said of those that are broken."""
 
+import contextlib
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dreamllm.documents import PictureError, load_picture
+from dreamllm.documents import OversizedPictureError, PictureError, load_picture, picture_size
+from dreamllm.documents import picture as picture_module
 
 
 def png(image: Image.Image) -> bytes:
@@ -79,3 +81,42 @@ def test_arrays_must_be_pictures(array):
 def test_other_types_are_refused():
     with pytest.raises(TypeError, match="not int"):
         load_picture(5)
+
+
+@pytest.mark.parametrize("read", [load_picture, picture_size])
+def test_a_small_file_that_declares_a_huge_picture_is_refused_by_its_header(read, tmp_path):
+    side = int(picture_module.MAX_PIXELS**0.5) + 1
+    bomb = png(Image.new("1", (side, side)))
+    assert len(bomb) < 1 << 20
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(OversizedPictureError, match=f"too large: it declares {side} x {side} pixels"):
+        read(tmp_path / "bomb.png")
+
+
+def test_the_size_is_read_without_decoding(colours, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(colours)[:60])  # the pixels are not even there
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    for form in (png(colours), tmp_path / "a.png", str(tmp_path / "a.png"), colours, np.asarray(colours)):
+        assert picture_size(form) == (7, 5)
+
+
+def test_formats_that_start_programs_are_not_pictures():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(PictureError, match="not an image file"):
+        load_picture(postscript)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_damaged_bytes_give_a_picture_or_a_picture_error(colours, kind):
+    buffer = io.BytesIO()
+    colours.resize((40, 30)).save(buffer, kind)
+    generator = np.random.default_rng(len(kind))
+    whole = np.frombuffer(buffer.getvalue(), np.uint8)
+    for _ in range(150):
+        damaged = whole[: generator.integers(1, len(whole) + 1)].copy()
+        places = generator.integers(0, min(len(damaged), 400), size=4)
+        damaged[places] = generator.integers(0, 256, size=4)
+        with contextlib.suppress(PictureError):
+            load_picture(damaged.tobytes())
