@@ -18,7 +18,7 @@ OUT     ?= runs/digits
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(RUN) $(BIN)/dreamllm train --recipe digits --out $(OUT)
+	$(RUN) $(BIN)/dreamllm train digits --out $(OUT)
 	@echo "Trained model: $(OUT)/model   Look at: $(OUT)/report.html"
 
 # The interpreter tests and the ahead-of-time compilations need processes of their own: Triton reads

@@ -1,10 +1,13 @@
-"""The `dreamllm` command: one function per subcommand, typed options, unknown options are errors."""
+"""The `dreamllm` command: one function per subcommand, typed options, unknown options are errors.
+
+A subcommand is a function or a group of functions: `dreamllm train digits --out DIR`.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -17,7 +20,7 @@ from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
 from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
-from dreamllm.recipes.command import train
+from dreamllm.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,19 @@ class Command:
     positional: tuple[str, ...] = ()
 
 
-COMMANDS: dict[str, Command] = {
-    "train": Command(train),
+@dataclass(frozen=True)
+class Group:
+    """Subcommands under a common word."""
+
+    summary: str
+    commands: Mapping[str, Command | Group]
+
+
+COMMANDS: dict[str, Command | Group] = {
+    "train": Group(
+        "Trains a DreamLLM by a recipe. Rerun the same command to resume.",
+        {name: Command(recipe.run) for name, recipe in RECIPES.items()},
+    ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
     "convert": Command(convert, ("out",)),
@@ -55,16 +69,30 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dreamllm {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    subcommands = parser.add_subcommands(dest="command")
-    for name, command in COMMANDS.items():
-        documented = {param.arg_name: param.description for param in parse_docstring(command.function.__doc__).params}
-        sub = ArgumentParser(formatter_class=_HyphenFormatter, description=_summary(command.function))
-        sub.add_argument("--config", action="config", help="YAML file with the options of this command")
-        sub.add_function_arguments(command.function, as_positional=False, skip=set(command.positional))
-        for argument in command.positional:
-            sub.add_argument(argument, type=get_type_hints(command.function)[argument], help=documented[argument])
-        subcommands.add_subcommand(name, sub, help=_summary(command.function))
+    _add(parser, COMMANDS)
     return parser
+
+
+def _add(parser: ArgumentParser, commands: Mapping[str, Command | Group]) -> None:
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            sub = ArgumentParser(formatter_class=_HyphenFormatter, description=command.summary)
+            subcommands.add_subcommand(name, sub, help=command.summary)
+            _add(sub, command.commands)  # jsonargparse wants the outer ones first
+        else:
+            subcommands.add_subcommand(name, _parser_of(command), help=_summary(command.function))
+
+
+def _parser_of(command: Command) -> ArgumentParser:
+    function = command.function
+    documented = {param.arg_name: param.description for param in parse_docstring(function.__doc__).params}
+    sub = ArgumentParser(formatter_class=_HyphenFormatter, description=_summary(function))
+    sub.add_argument("--config", action="config", help="YAML file with the options of this command")
+    sub.add_function_arguments(function, as_positional=False, skip=set(command.positional))
+    for argument in command.positional:
+        sub.add_argument(argument, type=get_type_hints(function)[argument], help=documented[argument])
+    return sub
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,11 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    name = parsed.command
-    values = _plain(parser.instantiate(parsed)[name])
+    command, path, values = _chosen(parser.instantiate(parsed))
+    name = " ".join(path)
     transformers_logging.disable_progress_bar()
     try:
-        COMMANDS[name].function(**values)
+        command.function(**values)
     except (ValueError, OSError, ImportError) as error:
         if parsed.traceback:
             raise
@@ -93,8 +121,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
     `--from-original` is `--from_original`; `--draw` alone is `--draw=true`; `--images A --images B` makes a list.
     """
     arguments = [_with_underscores(argument) for argument in argv]
-    command = next((a for a in arguments if a in COMMANDS), None)
-    hints = get_type_hints(COMMANDS[command].function) if command else {}
+    command = _named(arguments)
+    hints = get_type_hints(command.function) if command else {}
     for i, argument in enumerate(arguments):
         hint = hints.get(argument.removeprefix("--")) if argument.startswith("--") else None
         following = arguments[i + 1] if i + 1 < len(arguments) else ""
@@ -103,6 +131,27 @@ def normalise(argv: Sequence[str]) -> list[str]:
         elif hint is not None and any(get_origin(kind) in (list, Sequence) for kind in (hint, *get_args(hint))):
             arguments[i] += "" if following.startswith("[") else "+"
     return arguments
+
+
+def _named(arguments: Sequence[str]) -> Command | None:
+    """The command whose words stand in `arguments`."""
+    commands: Mapping[str, Command | Group] = COMMANDS
+    for argument in arguments:
+        found = commands.get(argument)
+        if isinstance(found, Command):
+            return found
+        commands = commands if found is None else found.commands
+    return None
+
+
+def _chosen(values: Namespace) -> tuple[Command, list[str], dict[str, Any]]:
+    """The command that was parsed, its words and its options."""
+    path: list[str] = []
+    found: Command | Group = Group("", COMMANDS)
+    while isinstance(found, Group):
+        path.append(values["command"])
+        found, values = found.commands[path[-1]], values[path[-1]]
+    return found, path, _plain(values)
 
 
 def _with_underscores(argument: str) -> str:

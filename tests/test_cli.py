@@ -1,6 +1,7 @@
 """The `dreamllm` command as a user meets it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dreamllm.cli import COMMANDS, build_parser, main, normalise
+from dreamllm.cli import COMMANDS, Group, build_parser, main, normalise
 from tests.golden import reference
 from tests.tiny import NUM_QUERIES, write_components
 
@@ -23,16 +24,24 @@ def failure(capsys, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_help_names_every_command_and_documents_every_option(capsys):
+def words_of(commands, before=()):
+    """The words of every command, of groups and of those in them."""
+    for name, command in commands.items():
+        yield (*before, name)
+        if isinstance(command, Group):
+            yield from words_of(command.commands, (*before, name))
+
+
+@pytest.mark.parametrize("words", [(), *words_of(COMMANDS)], ids=" ".join)
+def test_help_names_every_command_and_documents_every_option(capsys, words):
     with pytest.raises(SystemExit):
-        main(["--help"])
-    overview = capsys.readouterr().out
-    for name in COMMANDS:
-        assert name in overview
-        with pytest.raises(SystemExit):
-            main([name, "--help"])
-        text = capsys.readouterr().out
-        assert "_" not in " ".join(word for word in text.split() if word.startswith("--"))
+        main([*words, "--help"])
+    text = capsys.readouterr().out
+    assert "_" not in " ".join(word for word in text.split() if word.startswith("--"))
+    for inner in words_of(COMMANDS):
+        assert inner[:-1] != words or inner[-1] in text
+    for option in re.findall(r"(?m)^  (--[a-z.-]+) \S+\s+\((?:required|type)", text):
+        pytest.fail(f"{option} has no description")
 
 
 def test_convert_there_and_back(tmp_path, capsys):
@@ -67,8 +76,11 @@ def test_folder_in_the_way(tmp_path, capsys):
     [
         (["convert", "out"], "give either --from-original DIR or --to-original DIR"),
         (["convert", "--from-original", "a", "out"], "also needs --clip DIR and --diffusion DIR"),
-        (["train", "--recipe", "digist", "--out", "x"], "unknown recipe 'digist'. Did you mean 'digits'?"),
-        (["train", "--recipe", "small", "--out", "x", "--settings.precision", "int4"], "precision"),
+        (["train", "digist", "--out", "x"], "invalid choice: 'digist'"),
+        (["train"], "digits"),
+        (["train", "small", "--out", "x"], "required: train.small.data"),
+        (["train", "digits", "--out", "x", "--data", "y"], "unrecognized arguments: --data y"),
+        (["train", "small", "--out", "x", "--data", "y", "--settings.precision", "int4"], "precision"),
         (["generate", "--modle", "x", "hello"], "modle"),
         (["generate", "--model", "nowhere", "hello"], "model folder nowhere does not exist"),
         (["paint"], "paint"),
@@ -123,5 +135,5 @@ def test_without_what_it_needs_the_command_says_so(tmp_path):
 
 def test_missing_scikit_learn_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("dreamllm.recipes.digits.data.load_digits", None)
-    text = failure(capsys, "train", "--recipe", "digits", "--out", str(tmp_path / "run"))
+    text = failure(capsys, "train", "digits", "--out", str(tmp_path / "run"))
     assert "pip install scikit-learn" in text

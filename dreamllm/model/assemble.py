@@ -42,10 +42,18 @@ POSITION_BUFFER = "embeddings.position_ids"
 class AssembleOptions:
     """What the component folders do not say.
 
-    `num_dream_queries`, projector kinds and depths, `max_sequence_length` as in `DreamLLMConfig` (None: the
-    decoder's). `template`: chat template. `dtype`: of all weights, e.g. "bfloat16". `seed`: for the new weights
-    (queries, projectors, rows of added tokens). `diffusion_mirrors`: hub ids tried when the diffusion folder is not
-    local. `config`: further `DreamLLMConfig` fields.
+    Attributes:
+        num_dream_queries: queries per created picture.
+        visual_projector: kind of the projector from CLIP to the language model.
+        visual_projector_depth: its linear layers.
+        condition_projector: kind of the projector from the language model to the UNet's condition.
+        condition_projector_depth: its linear layers.
+        max_sequence_length: context in tokens; None: the decoder's.
+        template: chat template.
+        dtype: of all weights, e.g. "bfloat16".
+        seed: for the new weights (queries, projectors, rows of added tokens).
+        diffusion_mirrors: hub ids tried when the diffusion folder is not local.
+        config: further `DreamLLMConfig` fields.
     """
 
     num_dream_queries: int = 64

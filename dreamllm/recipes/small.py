@@ -69,6 +69,7 @@ UNET = {
 }
 SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
 VOCAB_SIZE = 2048
+DEFAULTS = RunSettings()
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,25 @@ def run(
     seed: int = 42,
     components: Path | None = None,
     scale: float = 1.0,
-    settings: RunSettings | None = None,
+    settings: RunSettings = DEFAULTS,
 ) -> Path:
-    """Trains on the image-text pairs in `data` (see `open_pairs`) and returns the model's folder, `out/model`.
+    """Trains all stages on your own pictures with captions, with components that are given or made on the spot.
 
-    `components` holds `llm/`, `clip/` and `diffusion/`; without it small ones are trained on the same pairs first:
-    tokenizer and LLaMA on the captions, CLIP vision model, and a UNet on 16-pixel pictures. Then stage I (both halves),
-    stage II (pairs in both directions) and stage III (instructions made from the captions). `scale` multiplies all
-    numbers of steps. What is complete in `out` is kept, so the same call resumes.
+    Without `components` small ones are trained on the same pairs first: tokenizer and LLaMA on the captions, CLIP
+    vision model, and a UNet on 16-pixel pictures. Then stage I (both halves), stage II (pairs in both directions) and
+    stage III (instructions made from the captions). What is complete in `out` is kept, so the same call resumes.
+    Returns the model's folder, `out/model`.
+
+    Args:
+        out: folder of the run; the trained model will be in its subfolder model.
+        data: image-text pairs, a folder or tars; see `open_pairs`.
+        seed: everything random follows from it.
+        components: folder with subfolders llm, clip and diffusion to start from.
+        scale: multiplies all numbers of steps.
+        settings: how the run proceeds on this machine.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
-    settings = settings or RunSettings()
     console = Console()
     source = open_pairs(data)
     make_folder(out)

@@ -60,14 +60,20 @@ def run(
     out: Path,
     seed: int = 42,
     scale: float = 1.0,
-    settings: RunSettings | None = None,
+    settings: RunSettings = SETTINGS,
 ) -> Path:
-    """Trains, evaluates and reports; returns the model's folder, `out/model`.
+    """Trains a small DreamLLM on scanned digits, evaluates it and writes a report: minutes on a CPU.
 
     Components (language model, vision encoder, picture decoder) are made first in `out/components`; stages I to III
     train exactly the parameters of the stage table; then captions, drawing and counting are measured on the 297 scans
-    never seen, and `out/report.html` shows everything. `scale` multiplies all numbers of steps. What is complete in
-    `out` is kept, so the same call resumes.
+    never seen, and `out/report.html` shows everything. What is complete in `out` is kept, so the same call resumes.
+    Returns the model's folder, `out/model`.
+
+    Args:
+        out: folder of the run; the trained model will be in its subfolder model.
+        seed: everything random follows from it.
+        scale: multiplies all numbers of steps.
+        settings: how the run proceeds on this machine.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
@@ -86,7 +92,7 @@ def run(
         )
         start = write_start(out / "start", out / "components", options, seed)
     say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
-    model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings or SETTINGS), console)
+    model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings), console)
     evaluation = evaluate(model, train, unseen, out, console)
     report = write_report(out)
     _summarise(evaluation, report, model, time.perf_counter() - started, console)
