@@ -2,10 +2,11 @@
 
 from dreamllm.data.conversations import Conversations
 from dreamllm.data.interleaved import Interleaved
-from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batches
+from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batches, load_steps
 from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
 from dreamllm.data.open import UnknownDataError, open_data, open_pairs
 from dreamllm.data.pairs import CaptionInstructions, FolderPairs, Pair, PairMode, Pairs, PairSource
+from dreamllm.data.plans import BatchPlan, LaneState, LoaderState
 from dreamllm.data.preparation import Encoder, prepare
 from dreamllm.data.problems import BadSampleError, FilteredSampleError, Problem, ProblemLog, TooManyBadSamplesError
 from dreamllm.data.reader import DocumentList, Reader
@@ -14,6 +15,7 @@ from dreamllm.data.tars import TarPairs
 
 __all__ = [
     "BadSampleError",
+    "BatchPlan",
     "Batches",
     "CaptionInstructions",
     "Conversations",
@@ -23,8 +25,10 @@ __all__ = [
     "FilteredSampleError",
     "FolderPairs",
     "Interleaved",
+    "LaneState",
     "LoadedBatch",
     "LoaderSettings",
+    "LoaderState",
     "Mixture",
     "Pair",
     "PairMode",
@@ -40,6 +44,7 @@ __all__ = [
     "UnknownDataError",
     "derive_seed",
     "load_batches",
+    "load_steps",
     "open_data",
     "open_pairs",
     "parse_size",

@@ -1,35 +1,51 @@
-"""Batches by number: batch n is a function of (seed, n), so a loader's whole state is one integer.
+"""Batches of a run: planned lane by lane from a few integers, made in any number of processes, the same from all.
 
-This is simpler than a stateful loader, and exact: to resume at batch n, ask for batch n. Nothing depends on the number
-of worker processes, which torch's `DataLoader` runs and whose results it returns in order.
+A plan names the positions of the mixture's order that a batch holds; a batch is a function of its plan. Planning packs
+by tokens reads texts and keeps documents back; making a batch decodes pictures. `load_steps` plans ahead in one process
+and makes the batches in others (torch's `DataLoader`, which returns them in order), so that the state of a loader is
+that of the last batch which was consumed, whatever was prefetched.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dreamllm.data.mixture import Draw, Mixture
-from dreamllm.data.preparation import Encoder, Prepared, prepare
-from dreamllm.data.problems import BadSampleError, Problem, TooManyBadSamplesError
-from dreamllm.data.seeds import uniform
-from dreamllm.documents import PackedBatch, PictureSource, load_picture
-
-FLIP_PROBABILITY = 0.5
+from dreamllm.data.mixture import Mixture
+from dreamllm.data.packing import Held, choose
+from dreamllm.data.plans import BatchPlan, LaneState, LoaderState
+from dreamllm.data.preparation import Encoder, Prepared
+from dreamllm.data.problems import Problem, TooManyBadSamplesError
+from dreamllm.data.samples import Samples
+from dreamllm.documents import PackedBatch
+from dreamllm.documents.batch import null_sequence
 
 
 @dataclass
 class LoadedBatch:
-    """Batch `number` and what was wrong with the samples drawn for it."""
+    """The batch of `plan` and what was wrong with the samples drawn for it."""
 
-    number: int
+    plan: BatchPlan
     batch: PackedBatch
     problems: list[Problem]
+
+    @property
+    def number(self) -> int:
+        return self.plan.number
+
+    @property
+    def lane(self) -> int:
+        return self.plan.lane
+
+    @property
+    def state(self) -> LaneState:
+        """Where the batch's lane stands after it."""
+        return self.plan.state
 
     def pin_memory(self) -> LoadedBatch:
         return replace(self, batch=self.batch.pin_memory())
@@ -37,98 +53,221 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How batches are made.
+    """How batches are made: of a fixed number of documents, or of a fixed number of tokens. Exactly one is given.
 
-    - `documents_per_batch`: documents packed into one batch.
+    - `documents_per_batch`: documents packed into one batch, however long.
+    - `tokens_per_batch`: the largest number of tokens of a batch, the empty prompt included. Documents are held back
+      and chosen so that it is filled.
+    - `look_ahead`: documents that are held back to choose from; more where they are too short to fill two batches.
+    - `pictures_per_batch`: the largest number of pictures to create in such a batch, for they take memory beyond
+      their tokens; None: any.
     - `with_null`: append the empty prompt (needed for condition dropout).
     - `flip_targets`: mirror each picture to create with probability 1/2, drawn from (seed, position). The copy that is
       read is never mirrored. The original program does this; off here because captions may say left and right.
     - `max_consecutive_bad`: unusable samples in a row, of one reader, after which loading stops.
     """
 
-    documents_per_batch: int
+    documents_per_batch: int | None = None
     with_null: bool = False
     flip_targets: bool = False
     max_consecutive_bad: int = 20
+    tokens_per_batch: int | None = None
+    look_ahead: int = 64
+    pictures_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("documents_per_batch", "max_consecutive_bad"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if (self.documents_per_batch is None) == (self.tokens_per_batch is None):
+            raise ValueError(
+                "give either documents_per_batch or tokens_per_batch; given: "
+                f"{self.documents_per_batch} and {self.tokens_per_batch}"
+            )
+        if self.tokens_per_batch is None and self.pictures_per_batch is not None:
+            raise ValueError("pictures_per_batch limits batches of tokens_per_batch, which is not given")
+        for name in ("documents_per_batch", "tokens_per_batch", "pictures_per_batch", "look_ahead"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.max_consecutive_bad < 1:
+            raise ValueError(f"max_consecutive_bad must be at least 1, not {self.max_consecutive_bad}")
 
 
 class Batches(Dataset):
-    """`batches[n]`: the packed documents at positions n * D to (n + 1) * D - 1 of the mixture's order.
+    """The batches of `mixture`. A sample that cannot be used is replaced by the next usable one of its reader.
 
-    A sample that cannot be used is replaced by the next usable one of its reader, and reported. Raises
-    `TooManyBadSamplesError` when too many follow each other.
+    With `documents_per_batch` D, batch n holds the documents at positions n * D to (n + 1) * D - 1 of the mixture's
+    order and is also `batches[n]`. With `tokens_per_batch`, lane l of L reads the positions l, l + L, l + 2L, ... and
+    each of its batches is filled as well as the documents that it holds back allow; one whose pictures turn out to be
+    unreadable leaves a gap.
+
+    Raises `ValueError` when `tokens_per_batch` does not hold the longest document.
     """
 
     def __init__(self, mixture: Mixture, encoder: Encoder, settings: LoaderSettings) -> None:
         self.mixture, self.encoder, self.settings = mixture, encoder, settings
+        self.samples = Samples(
+            mixture, encoder, settings.max_consecutive_bad, settings.flip_targets, settings.pictures_per_batch
+        )
+        self.room = 0
+        if settings.tokens_per_batch is not None:
+            null = len(null_sequence(encoder.layout)) if settings.with_null else 0
+            self.room = settings.tokens_per_batch - null
+            if self.room < encoder.layout.max_length:
+                raise ValueError(
+                    f"tokens_per_batch {settings.tokens_per_batch} must hold a document of {encoder.layout.max_length} "
+                    f"tokens (max_length)" + (f" and the empty prompt of {null}" if null else "")
+                )
+
+    # -- plans ------------------------------------------------------------
+
+    def plans(self, lane: int, of: int, state: LaneState | None = None) -> Iterator[BatchPlan]:
+        """The plans of lane `lane` of `of` lanes from `state` on, without end.
+
+        Raises `TooManyBadSamplesError` as `load` does.
+        """
+        state = state or LaneState()
+        return self._fixed_plans(lane, of, state) if self.room == 0 else self._packed_plans(lane, of, state)
+
+    def _fixed_plans(self, lane: int, of: int, state: LaneState) -> Iterator[BatchPlan]:
+        for step in itertools.count(state.step):
+            yield self._fixed_plan(step * of + lane, lane, step)
+
+    def _fixed_plan(self, number: int, lane: int, step: int) -> BatchPlan:
+        count = self.settings.documents_per_batch
+        assert count is not None
+        positions = range(number * count, (number + 1) * count)
+        return BatchPlan(number, lane, tuple(positions), LaneState(step + 1))
+
+    def _packed_plans(self, lane: int, of: int, state: LaneState) -> Iterator[BatchPlan]:
+        position = lane if state.position is None else state.position
+        held = [self.samples.measure(waiting) for waiting in state.held]
+        for step in itertools.count(state.step):
+            while self._wants_more(held):
+                held.append(self.samples.measure(position))
+                position += of
+            chosen = choose(held, self.room, self.settings.pictures_per_batch)
+            positions = tuple(held[i].position for i in chosen)
+            held = [item for i, item in enumerate(held) if i not in set(chosen)]
+            after = LaneState(step + 1, position, tuple(item.position for item in held))
+            yield BatchPlan(step * of + lane, lane, positions, after)
+
+    def _wants_more(self, held: list[Held]) -> bool:
+        return len(held) < self.settings.look_ahead or sum(item.tokens for item in held) < 2 * self.room
+
+    # -- batches ------------------------------------------------------------
 
     def __getitem__(self, number: int) -> LoadedBatch:
-        count = self.settings.documents_per_batch
+        """Batch `number` of a fixed number of documents. Raises `TypeError` for batches of tokens."""
+        if self.settings.documents_per_batch is None:
+            raise TypeError("batches of tokens_per_batch follow from those before them; take them from load_steps")
+        return self.load(self._fixed_plan(number, 0, number))
+
+    def load(self, plan: BatchPlan) -> LoadedBatch:
+        """Makes the batch of `plan`. Raises `TooManyBadSamplesError` when too many unusable samples follow another."""
         problems: list[Problem] = []
-        prepared = []
-        for position in range(number * count, (number + 1) * count):
-            sample = self._usable(self.mixture.draw(position), problems)
-            prepared.append(self._flip(sample, position) if self.settings.flip_targets else sample)
+        prepared = self._fixed(plan, problems) if self.room == 0 else self._packed(plan, problems)
+        for sample in prepared:
             problems.extend(sample.problems)
         batch = self.encoder.pack([sample.encoded for sample in prepared], with_null=self.settings.with_null)
-        return LoadedBatch(number, batch, problems)
+        return LoadedBatch(plan, batch, problems)
 
-    def _usable(self, draw: Draw, problems: list[Problem]) -> Prepared:
-        failures: list[str] = []
-        for _ in range(self.settings.max_consecutive_bad):
-            sample = self._attempt(draw)
-            if isinstance(sample, Prepared):
-                return sample
-            problems.append(Problem(sample.reason, str(sample)))
-            failures.append(f"  {sample.reason}: {sample}")
-            draw = draw.following()
-        shown = "\n".join(dict.fromkeys(failures[:5]))
-        raise TooManyBadSamplesError(
-            f"{len(failures)} samples of {draw.reader.name} in a row could not be used (max_consecutive_bad), "
-            f"for example\n{shown}"
-        )
+    def _fixed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:
+        return [self._whole(position, problems) for position in plan.positions]
 
-    def _attempt(self, draw: Draw) -> Prepared | BadSampleError:
-        try:
-            return prepare(draw.document(), self.encoder)
-        except BadSampleError as error:
-            return error
+    def _whole(self, position: int, problems: list[Problem]) -> Prepared:
+        return self.samples.flipped(self.samples.whole(self.mixture.draw(position), problems), position)
 
-    def _flip(self, sample: Prepared, position: int) -> Prepared:
-        # Before the centre crop: mirroring commutes with it up to a pixel.
-        targets: list[PictureSource] = [
-            load_picture(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if uniform(self.mixture.seed, "flip", position, i) < FLIP_PROBABILITY
-            else picture
-            for i, picture in enumerate(sample.encoded.targets)
-        ]
-        return replace(sample, encoded=replace(sample.encoded, targets=targets))
+    def _packed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:
+        texts = [self.samples.text(self.mixture.draw(position), problems) for position in plan.positions]
+        room = self.room - sum(len(text.encoded) for text in texts)
+        prepared = []
+        for position, text in zip(plan.positions, texts, strict=True):
+            sample = self.samples.pictures(text, problems)
+            # Without a lost picture, text that was cut may fit again and make a document longer than planned.
+            length = 0 if sample is None else len(sample.encoded)
+            room += len(text.encoded)
+            if sample is None:
+                continue
+            if length > room:
+                lost = next(problem.message for problem in sample.problems if problem.reason == "lost_picture")
+                problems.append(Problem("corrupt_image", f"{lost}; without it the document does not fit its batch"))
+                continue
+            room -= length
+            prepared.append(self.samples.flipped(sample, position))
+        if not prepared:  # no picture of the whole batch could be read
+            following = texts[0].draw.following()
+            prepared.append(self.samples.flipped(self.samples.whole(following, problems), plan.positions[0]))
+        return prepared
+
+
+def load_steps(
+    batches: Batches,
+    lanes: range,
+    of: int,
+    start: LoaderState,
+    workers: int = 0,
+    pin_memory: bool = False,
+    steps: int | None = None,
+) -> Generator[list[LoadedBatch], None, None]:
+    """The steps from `start` on: of each, the batches of the lanes `lanes` of `of`, in order.
+
+    `start` holds at least the states of `lanes`. The batches are made in this process or by `workers` forked ones, and
+    planned by one more where planning reads texts. `steps`: how many; None: without end. The state after a step is
+    `state.after(loaded.plan for loaded in step)`.
+
+    Raises `ValueError` for lanes outside range(of) and lanes that stand before different steps, and
+    `TooManyBadSamplesError` as `batches` does, with an unaltered message, when the step that needs the samples is due.
+    """
+    if len(lanes) == 0 or lanes.step != 1 or lanes.start < 0 or lanes.stop > of:
+        raise ValueError(f"lanes {lanes} must be a part of range({of})")
+    start = start.of(lanes)
+    plans = _Plans(batches, start, of, None if steps is None else start.step + steps)
+    # A process of its own: tokenising texts would hold up the steps of this one.
+    apart = DataLoader(plans, batch_size=None, num_workers=1, worker_init_fn=_leave_interrupts_to_the_parent)
+    loader = DataLoader(
+        _Guarded(batches),
+        batch_size=None,
+        sampler=apart if workers and batches.room else plans,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+    )
+    step = []
+    for item in loader:
+        if isinstance(item, TooManyBadSamplesError):
+            raise item
+        step.append(item)
+        if len(step) == len(lanes):
+            yield step
+            step = []
 
 
 def load_batches(
     batches: Batches, start: int, stop: int, workers: int = 0, pin_memory: bool = False
 ) -> Generator[LoadedBatch, None, None]:
-    """Batches `start` to `stop - 1` in order, prepared in this process or by `workers` forked ones.
+    """Batches `start` to `stop - 1` of a fixed number of documents, in order: a run of one lane. See `load_steps`."""
+    state = LoaderState({0: LaneState(start)})
+    for (loaded,) in load_steps(batches, range(1), 1, state, workers, pin_memory, stop - start):
+        yield loaded
 
-    Raises `TooManyBadSamplesError` as `batches` does, with an unaltered message.
-    """
-    loader = DataLoader(
-        _Guarded(batches),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_parent,
-    )
-    for item in loader:
-        if isinstance(item, TooManyBadSamplesError):
-            raise item
-        yield item
+
+class _Plans(IterableDataset):
+    """The plans of all lanes of `start`, step by step, up to step `stop`; an error in planning ends them as a value."""
+
+    def __init__(self, batches: Batches, start: LoaderState, of: int, stop: int | None) -> None:
+        self.batches, self.start, self.of, self.stop = batches, start, of, stop
+
+    def __iter__(self) -> Iterator[BatchPlan | TooManyBadSamplesError]:
+        try:
+            yield from self._interleaved()
+        except TooManyBadSamplesError as error:
+            yield error
+
+    def _interleaved(self) -> Iterator[BatchPlan]:
+        lanes = [self.batches.plans(lane, self.of, state) for lane, state in self.start.lanes.items()]
+        first = self.start.step
+        for _ in itertools.count() if self.stop is None else range(first, self.stop):
+            for plans in lanes:
+                yield next(plans)
 
 
 class _Guarded(Dataset):
@@ -137,9 +276,11 @@ class _Guarded(Dataset):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> LoadedBatch | TooManyBadSamplesError:
+    def __getitem__(self, plan: BatchPlan | TooManyBadSamplesError) -> LoadedBatch | TooManyBadSamplesError:
+        if isinstance(plan, TooManyBadSamplesError):
+            return plan
         try:
-            return self.batches[number]
+            return self.batches.load(plan)
         except TooManyBadSamplesError as error:
             return error
 

@@ -41,18 +41,18 @@ class Prepared:
     problems: list[Problem]
 
 
-def prepare(document: Document, encoder: Encoder) -> Prepared:
-    """Encodes `document` and decodes the pictures that its sequence holds.
+def prepare(document: Document, encoder: Encoder, encoded: EncodedDocument | None = None) -> Prepared:
+    """Encodes `document`, unless `encoded` is given, and decodes the pictures that its sequence holds.
 
     A document whose parts are taken while they fit (overflow "stop": interleaved) loses a picture that cannot be read
     and keeps the rest. Raises `BadSampleError` for another document with an unreadable picture, for pictures that alone
     exceed the context, and when no token and no picture is left to learn from.
     """
-    name = document.name or "(unnamed)"
+    name = _name(document)
     problems = [Problem(cast(Reason, reason), message) for reason, message in document.remarks]
     decoded: dict[int, Image.Image] = {}
     while True:
-        encoded = _encode(document, encoder, name)
+        encoded = encoded or _encode(document, encoder, name)
         lost = _decode(encoded, decoded, name)
         if not lost:
             break
@@ -60,15 +60,31 @@ def prepare(document: Document, encoder: Encoder) -> Prepared:
         if document.overflow != "stop":
             raise next(iter(lost.values()))
         kept = tuple(p for p in document.parts if not (isinstance(p, Picture) and id(p.source) in lost))
-        document = replace(document, parts=kept)
-    if not learns(encoded, encoder.layout):
-        cut = f" within {encoder.layout.max_length} tokens" if encoded.truncated else ""
-        raise BadSampleError("nothing_to_learn", f"{name} has no text to learn and no picture to create{cut}")
+        document, encoded = replace(document, parts=kept), None
+    _check_learns(encoded, encoder.layout, name)
     if encoded.truncated:
         problems.append(Problem("trimmed", f"{name} was cut at {encoder.layout.max_length} tokens"))
     images: list[PictureSource] = [decoded[id(source)] for source in encoded.images]
     targets: list[PictureSource] = [decoded[id(source)] for source in encoded.targets]
     return Prepared(replace(encoded, images=images, targets=targets), problems)
+
+
+def encode_text(document: Document, encoder: Encoder) -> EncodedDocument:
+    """Encodes `document` and leaves its pictures as they are. Raises `BadSampleError` as `prepare` does for texts."""
+    name = _name(document)
+    encoded = _encode(document, encoder, name)
+    _check_learns(encoded, encoder.layout, name)
+    return encoded
+
+
+def _name(document: Document) -> str:
+    return document.name or "(unnamed)"
+
+
+def _check_learns(encoded: EncodedDocument, layout: SequenceLayout, name: str) -> None:
+    if not learns(encoded, layout):
+        cut = f" within {layout.max_length} tokens" if encoded.truncated else ""
+        raise BadSampleError("nothing_to_learn", f"{name} has no text to learn and no picture to create{cut}")
 
 
 def learns(encoded: EncodedDocument, layout: SequenceLayout) -> bool:

@@ -14,6 +14,7 @@ Reason = Literal[
     "malformed",
     "picture_slots",
     "too_long",
+    "too_many_pictures",
     "nothing_to_learn",
     "truncated_archive",
     "changed_archive",
