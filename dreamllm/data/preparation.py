@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from PIL import Image
+from torch import Tensor
 
 from dreamllm.data.problems import BadSampleError, Problem, Reason
 from dreamllm.documents import (
@@ -30,7 +31,12 @@ class Encoder(Protocol):
 
     def encode(self, document: Document) -> EncodedDocument: ...
 
-    def pack(self, documents: Sequence[EncodedDocument], with_null: bool = False) -> PackedBatch: ...
+    def pack(
+        self,
+        documents: Sequence[EncodedDocument],
+        with_null: bool = False,
+        moments: Sequence[Tensor | None] | None = None,
+    ) -> PackedBatch: ...
 
 
 @dataclass

@@ -37,6 +37,9 @@ class PackedBatch:
     - `loss_positions`, `loss_targets`: int64 [K], positions that predict a learned token, and that token.
     - `pixel_values`: float32 [N, 3, h, w] or None; `target_pixel_values`: float32 [M, C, H, W] or None.
     - `target_latents`: float32 [M, c, h', w'] or None, scaled; where they are known, no picture is encoded.
+    - `target_moments`: [M, 2c, h', w'] or None, mean and log-variance of the VAE's posterior of each created picture,
+      not scaled. `target_pixel_values` then holds only the pictures whose moments are not known (None: all are), and
+      `unknown_moments`, int64 [pictures], their rows.
     - `null_positions`: int64 [Q], the queries of the appended empty prompt, or None when there is none.
     """
 
@@ -52,6 +55,8 @@ class PackedBatch:
     pixel_values: torch.Tensor | None = None
     target_pixel_values: torch.Tensor | None = None
     target_latents: torch.Tensor | None = None
+    target_moments: torch.Tensor | None = None
+    unknown_moments: torch.Tensor | None = None
     null_positions: torch.Tensor | None = None
     names: tuple[str, ...] = ()
 
@@ -87,10 +92,13 @@ def pack_batch(
     layout: SequenceLayout,
     transforms: PictureTransforms,
     with_null: bool = False,
+    moments: Sequence[torch.Tensor | None] | None = None,
 ) -> PackedBatch:
     """Packs `documents` into one batch, loading and transforming their pictures.
 
-    `with_null` appends the empty prompt as one more sequence (needed for condition dropout). Raises `ValueError` for
+    `with_null` appends the empty prompt as one more sequence (needed for condition dropout). `moments`, one of
+    [2c, h', w'] or None for each picture to create in reading order: where they are known the picture is not touched
+    (the VAE's posterior, see `PackedBatch.target_moments`). Raises `ValueError` for
     an empty list, an id outside the vocabulary, or slots that do not match the pictures; `PictureError` for a picture
     that cannot be read.
     """
@@ -107,6 +115,9 @@ def pack_batch(
     targets_at = np.flatnonzero((labels != IGNORE_INDEX) & (positions > 0))
     images = [image for s in documents for image in s.images]
     targets = [image for s in documents for image in s.targets]
+    known, unknown = _moments(moments, len(targets))
+    if unknown is not None:
+        targets = [targets[i] for i in unknown.tolist()]
     dream_starts = _absolute([s.dream_starts for s in documents], offsets)
     queries = np.arange(layout.num_dream_queries)
     return PackedBatch(
@@ -121,9 +132,24 @@ def pack_batch(
         max_seqlen=int(lengths.max()),
         pixel_values=transforms.vision(_load(images)) if images else None,
         target_pixel_values=transforms.target(_load(targets)) if targets else None,
+        target_moments=known,
+        unknown_moments=unknown,
         null_positions=torch.from_numpy(offsets[-2] + 2 + queries) if with_null else None,
         names=tuple(s.name for s in documents),
     )
+
+
+def _moments(
+    moments: Sequence[torch.Tensor | None] | None, count: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Stacked moments with zeros where they are not known, and the rows of those; None where none is known."""
+    if moments is None or all(row is None for row in moments):
+        return None, None
+    if len(moments) != count:
+        raise ValueError(f"{count} pictures to create but moments of {len(moments)}; give one or None for each")
+    empty = torch.zeros_like(next(row for row in moments if row is not None))
+    unknown = torch.tensor([i for i, row in enumerate(moments) if row is None], dtype=torch.int64)
+    return torch.stack([empty if row is None else row for row in moments]), unknown
 
 
 def check_encoded(document: EncodedDocument, layout: SequenceLayout) -> None:

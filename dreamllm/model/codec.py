@@ -33,12 +33,25 @@ def encode_pictures(
     """Pixels [N, C, H, W] in [-1, 1] -> scaled latents: a sample of the VAE's posterior, as the original trains."""
     if isinstance(codec, IdentityCodec):
         return pixels
+    return sample_moments(codec, encode_moments(codec, pixels, pictures_per_pass), generator)
+
+
+def encode_moments(codec: AutoencoderKL, pixels: Tensor, pictures_per_pass: int | None = None) -> Tensor:
+    """Pixels [N, C, H, W] in [-1, 1] -> mean and log-variance [N, 2c, h, w] of the VAE's posterior, not scaled.
+
+    They have the dtype in which the VAE computes.
+    """
     parts = pixels.to(codec.dtype).split(pictures_per_pass or max(1, pixels.shape[0]))
     posteriors = [codec.encode(part).latent_dist for part in parts]
-    mean = torch.cat([posterior.mean.float() for posterior in posteriors])
-    std = torch.cat([posterior.std.float() for posterior in posteriors])
-    noise = torch.randn(mean.shape, generator=generator, device=pixels.device, dtype=torch.float32)
-    return (mean + std * noise) * codec.config.scaling_factor
+    return torch.cat([torch.cat([posterior.mean, posterior.logvar], dim=1) for posterior in posteriors])
+
+
+def sample_moments(codec: AutoencoderKL, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mean and log-variance [N, 2c, h, w] -> scaled latents [N, c, h, w], float32: mean + exp(logvar / 2) * noise."""
+    mean, logvar = moments.chunk(2, dim=1)
+    std = torch.exp(0.5 * logvar)  # in the dtype of the moments, as diffusers does
+    noise = torch.randn(mean.shape, generator=generator, device=moments.device, dtype=torch.float32)
+    return (mean.float() + std.float() * noise) * codec.config.scaling_factor
 
 
 def decode_latents(codec: Codec, latents: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
 from dreamllm.documents.layout import IGNORE_INDEX
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
-from dreamllm.model.codec import build_codec, encode_pictures
+from dreamllm.model.codec import build_codec, encode_moments, encode_pictures, sample_moments
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
 from dreamllm.model.projector import Projector
@@ -287,8 +287,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         count = batch.dream_positions.shape[0]
         if count:
             null_QH = None if batch.null_positions is None else states_TH[batch.null_positions]
-            known = batch.target_latents if target_latents is None else target_latents
-            latents = self._latents(batch.target_pixel_values, known, count, generator)
+            latents = self._packed_latents(batch, target_latents, generator)
             vm_loss = self._vm_loss(states_TH[batch.dream_positions], latents, null_QH, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),
@@ -311,6 +310,23 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         if self.operators is not None and type(head) is nn.Linear and head.bias is None:
             return linear_cross_entropy(states_KH, head.weight, targets_K)
         return F.cross_entropy(head(states_KH).float(), targets_K)
+
+    def _packed_latents(self, batch: PackedBatch, latents: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Scaled latents of the pictures to create: `latents`, or what the batch holds of them, or of its pixels."""
+        known = batch.target_latents if latents is None else latents
+        count, moments = batch.dream_positions.shape[0], batch.target_moments
+        if known is not None or moments is None:
+            return self._latents(batch.target_pixel_values, known, count, generator)
+        if moments.shape[0] != count:
+            raise ValueError(
+                f"{count} dream slots but moments of {moments.shape[0]} pictures; they must match one to one"
+            )
+        with torch.no_grad():
+            if batch.target_pixel_values is not None:
+                assert batch.unknown_moments is not None
+                encoded = encode_moments(self.vae, batch.target_pixel_values, self.pictures_per_pass)
+                moments = moments.index_copy(0, batch.unknown_moments, encoded.to(moments.dtype))
+            return sample_moments(self.vae, moments, generator)
 
     def _latents(
         self, pixels: Tensor | None, latents: Tensor | None, slots: int, generator: torch.Generator | None

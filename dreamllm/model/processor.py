@@ -127,9 +127,14 @@ class DreamLLMProcessor(ProcessorMixin):
         """Document -> ids, labels and picture slots. See `encode_document`."""
         return encode_document(document, self.layout, self.encode_text)
 
-    def pack(self, documents: Sequence[EncodedDocument], with_null: bool = False) -> PackedBatch:
+    def pack(
+        self,
+        documents: Sequence[EncodedDocument],
+        with_null: bool = False,
+        moments: Sequence[Tensor | None] | None = None,
+    ) -> PackedBatch:
         """Encoded documents -> one packed batch with transformed pictures. See `pack_batch`."""
-        return pack_batch(documents, self.layout, self, with_null)
+        return pack_batch(documents, self.layout, self, with_null, moments)
 
     def pad(self, documents: Sequence[EncodedDocument], padding_side: str = "right") -> dict[str, Tensor]:
         """Encoded documents -> a padded batch for `DreamLLM.forward` and `generate`."""

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from dreamllm.documents import pair
 from dreamllm.model import PARAMETER_GROUPS, DiffusionDraws
-from dreamllm.model.codec import encode_pictures
+from dreamllm.model.codec import encode_moments, encode_pictures
 from dreamllm.model.diffusion import NoiseSchedule, diffusion_loss, draw_diffusion
 from tests.tiny import NUM_QUERIES, random_picture, tiny_model
 
@@ -234,6 +234,28 @@ def test_latents_of_the_batch_stand_for_the_pictures(tmp_path):
     assert model.forward_packed(cached, draws=draws).vm_loss == expected
     with pytest.raises(ValueError, match="2 dream slots but 1 target pictures"):
         model.forward_packed(replace(cached, target_latents=latents[:1]), draws=draws)
+
+
+@pytest.mark.parametrize("unknown", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_of_the_batch_give_the_bits_of_the_pictures(tmp_path, unknown, dtype):
+    """The posterior is drawn from as if the VAE had just encoded, whether it knows all of the pictures or some."""
+    model, processor = tiny_model(tmp_path, vae=True)
+    model.to(dtype)
+    encoded = [processor.encode(pair(random_picture(i), "the license", "creation")) for i in range(3)]
+    online = processor.pack(encoded)
+    with torch.no_grad():
+        moments = encode_moments(model.vae, online.target_pixel_values)
+        assert moments.dtype == dtype
+        known = [None if i in unknown else row for i, row in enumerate(moments)]
+        cached = processor.pack(encoded, moments=known)
+        assert (0 if cached.target_pixel_values is None else len(cached.target_pixel_values)) == len(unknown)
+        losses = [model.forward_packed(b, torch.Generator().manual_seed(3)).vm_loss for b in (online, cached)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="3 dream slots but moments of 2 pictures"):
+        model.forward_packed(replace(cached, target_moments=moments[:2]))
+    with pytest.raises(ValueError, match="3 pictures to create but moments of 2"):
+        processor.pack(encoded, moments=[moments[0], None])
 
 
 def test_a_unet_with_the_operators_gives_the_same_loss_and_gradients(tmp_path):
