@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
@@ -80,7 +81,8 @@ def why_not_packed(module: nn.Module) -> str:
 
 def version_of(tensor: Tensor) -> tuple:
     """What changes when a tensor is replaced or written to, except through `.data` or shared memory."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
+    address = id(tensor) if isinstance(tensor, FakeTensor) else tensor.data_ptr()  # a fake one has no memory
+    return address, 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.shape
 
 
 class _Frozen:

@@ -5,10 +5,19 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dreamkernels.frozen
-from dreamkernels.frozen import MOST_LAYOUTS, FrozenConv2d, FrozenLinear, FrozenUpsample, why_not_frozen, why_not_packed
+from dreamkernels.frozen import (
+    MOST_LAYOUTS,
+    FrozenConv2d,
+    FrozenLinear,
+    FrozenUpsample,
+    version_of,
+    why_not_frozen,
+    why_not_packed,
+)
 from tests.support.operators import assert_close_to_float64, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -279,3 +288,13 @@ def test_obstacles_are_named():
         FrozenLinear(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="cannot be frozen: its parameters are trained"):
         FrozenConv2d(nn.Conv2d(2, 2, 1))
+
+
+def test_versions_of_tensors_without_memory(recwarn):
+    with FakeTensorMode():
+        first, second = torch.empty(2, 3), torch.empty(2, 3)
+        before = version_of(first)
+        assert before == version_of(first) != version_of(second)
+        first.add_(1)
+        assert version_of(first) != before
+    assert not recwarn.list
