@@ -3,6 +3,7 @@
 from dreamllm.planning.devices import Device, find_device, gpus
 from dreamllm.planning.plan import DoesNotFitError, Plan, Request, make_plan
 from dreamllm.planning.records import Records, load_records
+from dreamllm.planning.report import assumptions, memory_table, time_table
 from dreamllm.planning.sharding import SHARDINGS, Sharding
 
 __all__ = [
@@ -13,8 +14,11 @@ __all__ = [
     "Records",
     "Request",
     "Sharding",
+    "assumptions",
     "find_device",
     "gpus",
     "load_records",
     "make_plan",
+    "memory_table",
+    "time_table",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -18,12 +17,6 @@ from dreamllm.training.progress import quiet_transformers
 from dreamllm.workloads import model_size
 from dreamllm.workloads import stage as find_stage
 
-_PRECISIONS: dict[str, Precision] = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "bfloat16-parameters": "bfloat16 parameters",
-}
-
 
 def plan(
     stage: str,
@@ -33,7 +26,7 @@ def plan(
     micro_batch: int | None = None,
     sharding: Sharding | None = None,
     global_batch: int | None = None,
-    precision: Literal["float32", "bfloat16", "bfloat16-parameters"] = "bfloat16",
+    precision: Precision = "bfloat16",
     network_gb_per_s: float | None = None,
     gpus_per_node: int | None = None,
     records: Path | None = None,
@@ -49,7 +42,7 @@ def plan(
         micro_batch: documents per GPU and pass; searched when not given.
         sharding: how parameters and their states are divided; searched when not given.
         global_batch: documents per optimiser step; by default the paper's 1024 for 7b, one pass's worth for the others.
-        precision: bfloat16 keeps parameters and moments in float32; bfloat16-parameters, as the original, does not.
+        precision: bfloat16 keeps parameters and moments in float32; pure_bfloat16, as the original, does not.
         network_gb_per_s: bandwidth between nodes per GPU and direction; by default 25 GB/s.
         gpus_per_node: GPUs that NVLink connects; by default 8.
         records: profile.json that dreamllm profile wrote on such a device; its operators are taken as measured.
@@ -60,7 +53,7 @@ def plan(
     if global_batch is None:
         per_pass = (micro_batch or model_size(size).documents_per_step) * gpus
         global_batch = -(-PAPER_GLOBAL_BATCH // per_pass) * per_pass if size == "7b" else per_pass
-    request = Request(find_stage(stage).kind, size, gpus, _PRECISIONS[precision], global_batch, micro_batch, sharding)
+    request = Request(find_stage(stage).kind, size, gpus, precision, global_batch, micro_batch, sharding)
     console = Console()
     with quiet_transformers(), Console(stderr=True).status("planning") as status:
         made = make_plan(request, device, measured, lambda text: status.update(text))

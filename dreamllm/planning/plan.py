@@ -180,7 +180,7 @@ class Planner:
         if device.key == "cpu" and request.gpus != 1:
             raise ValueError(f"a plan for the cpu is for one process, not {request.gpus}")
         if device.key != "cpu" and request.precision == "float32":
-            raise ValueError("float32 is planned for the cpu only: on a GPU choose bfloat16 or bfloat16-parameters")
+            raise ValueError("float32 is planned for the cpu only: on a GPU choose bfloat16 or pure_bfloat16")
         self.request, self.device, self.records, self.say = request, device, records, say
 
     def best(self) -> Plan:
@@ -228,7 +228,7 @@ class Planner:
     def _hopeless(self, sharding: Sharding) -> bool:
         """Whether the states alone exceed the memory, so that nothing need be recorded."""
         request, device = self.request, self.device
-        executed = self._executed("shard_grad_op")
+        executed = self._executed("grad_op")
         layout = layout_of(request.stage, request.size, executed)
         each = PER_PARAMETER[request.precision]
         pieces = shards(sharding, request.gpus, device.gpus_per_node)
@@ -289,7 +289,7 @@ class Planner:
     def _executed(self, sharding: Sharding) -> Precision:
         """How the passes compute: with sharding, the weights are gathered in bfloat16 instead of cast."""
         precision = self.request.precision
-        return "bfloat16 parameters" if precision == "bfloat16" and sharding != "none" else precision
+        return "pure_bfloat16" if precision == "bfloat16" and sharding != "none" else precision
 
     def _drawn(self, micro_batch: int) -> DrawnBatches:
         return draw_batches(self.request.stage, self.request.size, micro_batch)

@@ -34,9 +34,9 @@ def show(plan: Plan, console: Console) -> None:
     say(console, "")
     console.print(_setting(plan))
     say(console, "")
-    console.print(_memory(plan))
+    console.print(memory_table(plan))
     say(console, "")
-    console.print(_time(plan))
+    console.print(time_table(plan))
     say(console, "")
     console.print(_rates(plan))
     say(console, "")
@@ -74,7 +74,8 @@ def _setting(plan: Plan) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def memory_table(plan: Plan) -> Table:
+    """What the fullest GPU holds at the peak, by kind."""
     table = _table(("memory per GPU", "left"), ("GiB", "right"), ("share", "right"))
     total = plan.memory_bytes
     for kind, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
@@ -87,7 +88,8 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _time(plan: Plan) -> Table:
+def time_table(plan: Plan) -> Table:
+    """Where a step's time goes, by part of the model."""
     table = _table(("time per step", "left"), ("ms", "right"), ("share", "right"))
     step = plan.step_seconds
     rows = {part: plan.accumulation * seconds for part, seconds in plan.time.by_part.items()}

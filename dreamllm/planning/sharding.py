@@ -8,11 +8,11 @@ from typing import Literal, get_args
 from dreamllm.planning.devices import LINK_EFFICIENCY, Device
 from dreamllm.profiling.workload import Precision
 
-Sharding = Literal["none", "shard_grad_op", "full_shard", "hybrid_shard"]
+Sharding = Literal["none", "grad_op", "full", "hybrid"]
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
-"""FSDP's names. none: every GPU holds everything, gradients are averaged. shard_grad_op: states are divided, the
-weights that compute are gathered once per pass and stay. full_shard: gathered layer by layer, twice. hybrid_shard: as
-full_shard within a node, gradients averaged between nodes. Frozen parts are never divided, as in the original."""
+"""As in `RunSettings`. none: every GPU holds everything, gradients are averaged. grad_op: states are divided, the
+weights that compute are gathered once per pass and stay. full: gathered layer by layer, twice. hybrid: as full within a
+node, gradients averaged between nodes. Frozen parts are never divided, as in the original."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Bytes:
 PER_PARAMETER: dict[Precision, Bytes] = {
     "float32": Bytes(4, 4, 8, 4),
     "bfloat16": Bytes(4, 4, 8, 2),
-    "bfloat16 parameters": Bytes(2, 2, 4, 2),
+    "pure_bfloat16": Bytes(2, 2, 4, 2),
 }
 
 
@@ -45,7 +45,7 @@ def shards(sharding: Sharding, gpus: int, gpus_per_node: int) -> int:
     """Into how many pieces the states are divided."""
     if sharding == "none":
         return 1
-    return min(gpus, gpus_per_node) if sharding == "hybrid_shard" else gpus
+    return min(gpus, gpus_per_node) if sharding == "hybrid" else gpus
 
 
 def state_bytes(
@@ -54,7 +54,7 @@ def state_bytes(
     """What one GPU holds between and during steps besides activations, by kind. `sharding` is not "none"."""
     each = PER_PARAMETER[precision]
     pieces = shards(sharding, gpus, gpus_per_node)
-    gathered = layout.trained if sharding == "shard_grad_op" else min(layout.trained, 2 * layout.unit)
+    gathered = layout.trained if sharding == "grad_op" else min(layout.trained, 2 * layout.unit)
     separate = pieces > 1 or each.working != each.weight
     return {
         "parameters": layout.trained * each.weight / pieces,
@@ -102,18 +102,18 @@ def traffic(
     if sharding == "none":
         seconds = 2 * gradients * (gpus - 1) / gpus / wide / accumulation
         return Traffic(0.0, seconds, 0.0, f"all-reduce of {gradients / 1e9:.2f} GB at {wide / 1e9:.0f} GB/s")
-    group = gpus if sharding != "hybrid_shard" else inside
+    group = gpus if sharding != "hybrid" else inside
     bandwidth = _bandwidth(group, device)
     gather = weights * (group - 1) / group / bandwidth
     reduce = gradients * (group - 1) / group / bandwidth
-    again = 0.0 if sharding == "shard_grad_op" else gather
+    again = 0.0 if sharding == "grad_op" else gather
     text = (
         f"{'one all-gather' if not again else 'two all-gathers'} of {weights / 1e9:.2f} GB and a reduce-scatter of "
         f"{gradients / 1e9:.2f} GB over {group} GPUs at {bandwidth / 1e9:.0f} GB/s"
     )
     between = 0.0
     nodes = gpus // inside
-    if sharding == "hybrid_shard" and nodes > 1:
+    if sharding == "hybrid" and nodes > 1:
         slow = device.network_gb_per_s * 1e9 * LINK_EFFICIENCY
         between = 2 * gradients / inside * (nodes - 1) / nodes / slow
         text += f", an all-reduce of {gradients / inside / 1e9:.2f} GB over {nodes} nodes at {slow / 1e9:.0f} GB/s"

@@ -20,7 +20,7 @@ from dreamllm.training.configuration import StageConfig
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import make_model
 
-Precision = Literal["float32", "bfloat16", "bfloat16 parameters"]
+Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
 """As `RunSettings.precision`; or parameters, gradients and moments in bfloat16 themselves."""
 
 
@@ -92,7 +92,7 @@ def prepare(
     `fake`: tensors have shapes but no memory, so that a 7b fits everywhere and a step takes seconds.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with mode, _default_dtype(torch.bfloat16 if precision == "bfloat16 parameters" else torch.float32):
+    with mode, _default_dtype(torch.bfloat16 if precision == "pure_bfloat16" else torch.float32):
         model = make_model(size, seed)
         if not fake:
             model = model.to(device)

@@ -44,7 +44,7 @@ def evaluate(sharding: str, micro_batch: int, device=A800, **changes) -> Plan:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding", ["none", "full_shard"])
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_memory_grows_with_the_micro_batch(sharding):
     sizes = [evaluate(sharding, n).memory_bytes for n in (1, 4, 8)]
     assert sizes == sorted(sizes)
@@ -52,40 +52,40 @@ def test_memory_grows_with_the_micro_batch(sharding):
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 64])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 parameters"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "pure_bfloat16"])
 def test_sharding_divides_the_states(gpus, precision):
     layout = Layout(trained=6_000_000, frozen=1_000_000, unit=200_000)
-    sharded = state_bytes(layout, "full_shard", precision, gpus, 8)
-    whole = state_bytes(layout, "full_shard", precision, 1, 8)
+    sharded = state_bytes(layout, "full", precision, gpus, 8)
+    whole = state_bytes(layout, "full", precision, 1, 8)
     for kind in ("parameters", "gradients", "optimiser"):
         assert sharded[kind] == whole[kind] / gpus
-    per_parameter = {"float32": 16, "bfloat16": 16, "bfloat16 parameters": 8}[precision]
+    per_parameter = {"float32": 16, "bfloat16": 16, "pure_bfloat16": 8}[precision]
     total = sum(whole[kind] for kind in ("parameters", "gradients", "optimiser"))
     assert total == per_parameter * layout.trained
     assert sharded["frozen parts"] == whole["frozen parts"]
 
 
-def test_hybrid_sharding_divides_by_the_node():
+def test_hybriding_divides_by_the_node():
     layout = Layout(6_000_000, 0, 200_000)
-    assert state_bytes(layout, "hybrid_shard", "bfloat16", 64, 8) == state_bytes(layout, "full_shard", "bfloat16", 8, 8)
+    assert state_bytes(layout, "hybrid", "bfloat16", 64, 8) == state_bytes(layout, "full", "bfloat16", 8, 8)
 
 
-def test_shard_grad_op_keeps_all_weights_and_full_shard_a_few():
+def test_grad_op_keeps_all_weights_and_full_a_few():
     layout = Layout(6_000_000, 0, 200_000)
-    kept = {s: state_bytes(layout, s, "bfloat16", 64, 8)["gathered weights"] for s in ("shard_grad_op", "full_shard")}
-    assert kept == {"shard_grad_op": 2 * 6_000_000, "full_shard": 2 * 2 * 200_000}
+    kept = {s: state_bytes(layout, s, "bfloat16", 64, 8)["gathered weights"] for s in ("grad_op", "full")}
+    assert kept == {"grad_op": 2 * 6_000_000, "full": 2 * 2 * 200_000}
 
 
 def test_seven_billion_parameters_need_the_known_memory():
     """Of the 7b at stage II: 6.747 billion train, 1.253 billion are frozen; 16 bytes each, and 2."""
-    layout = layout_of("stage2", "7b", "bfloat16 parameters")
+    layout = layout_of("stage2", "7b", "pure_bfloat16")
     hidden, intermediate, vocabulary = 4096, 11008, 32008
     layer = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
     trained = 32 * layer + hidden + 2 * vocabulary * hidden + 64 * hidden + 1025 * hidden + hidden * 1024
     assert layout.trained == trained
     assert layout.unit == layer
     assert round(layout.frozen / 1e9, 2) == 1.25
-    held = state_bytes(layout, "full_shard", "bfloat16", 128, 8)
+    held = state_bytes(layout, "full", "bfloat16", 128, 8)
     assert held["optimiser"] == pytest.approx(8 * 6.747e9 / 128, rel=1e-3)
 
 
@@ -97,7 +97,7 @@ def test_a_step_of_the_7b_costs_the_published_operations():
     """
     documents = draw_batches("stage2", "7b", 1).typical
     load = load_of(documents)
-    recording = simulate("stage2", "7b", "bfloat16 parameters", documents)
+    recording = simulate("stage2", "7b", "pure_bfloat16", documents)
 
     def flops(part: str, phase: str, kind: str | None = None) -> float:
         own = [o for o in recording.operators if (o.part, o.phase) == (part, phase) and kind in (None, o.kind)]
@@ -114,7 +114,7 @@ def test_a_step_of_the_7b_costs_the_published_operations():
 def test_the_largest_batch_decides_the_memory():
     drawn = draw_batches("stage2", "tiny", 4)
     assert load_of(drawn.largest(1.0, 0.0)).tokens == max(load_of(group).tokens for group in drawn.groups)
-    plan = evaluate("full_shard", 4)
+    plan = evaluate("full", 4)
     assert plan.largest.tokens > plan.load.tokens
 
 
@@ -138,18 +138,18 @@ def test_time_follows_the_limits():
 
 
 def test_a_faster_gpu_is_faster():
-    hours = [evaluate("full_shard", 8, find_device(gpu, None)).hours for gpu in ("a100", "h100")]
+    hours = [evaluate("full", 8, find_device(gpu, None)).hours for gpu in ("a100", "h100")]
     assert hours[0] > hours[1]
 
 
 def test_many_small_operators_are_bound_by_the_host():
-    plan = evaluate("full_shard", 1)
+    plan = evaluate("full", 1)
     assert max(plan.limits, key=plan.limits.get) == "launch"
     assert plan.time.seconds >= 500 * A800.launch_seconds
 
 
 def test_rates_and_hours_agree():
-    plan = evaluate("shard_grad_op", 4)
+    plan = evaluate("grad_op", 4)
     assert plan.accumulation == 4
     assert plan.steps == 4_000_000 // 256
     assert plan.documents_per_second * plan.step_seconds == pytest.approx(256)
@@ -159,11 +159,11 @@ def test_rates_and_hours_agree():
 
 def test_traffic_of_hand_computed_sizes():
     layout = Layout(trained=10**9, frozen=0, unit=10**8)
-    inside = traffic(layout, "full_shard", "bfloat16", 8, A800, 1)
+    inside = traffic(layout, "full", "bfloat16", 8, A800, 1)
     link = 200e9 * LINK_EFFICIENCY  # A800: 400 GB/s both directions together
     assert inside.forward == pytest.approx(2e9 * 7 / 8 / link)
     assert inside.backward == pytest.approx((2e9 + 4e9) * 7 / 8 / link)
-    once = traffic(layout, "shard_grad_op", "bfloat16", 8, A800, 1)
+    once = traffic(layout, "grad_op", "bfloat16", 8, A800, 1)
     assert once.backward == pytest.approx(4e9 * 7 / 8 / link)
     alone = traffic(layout, "none", "bfloat16", 8, A800, accumulation=4)
     assert alone.backward == pytest.approx(2 * 4e9 * 7 / 8 / link / 4)
@@ -173,13 +173,13 @@ def test_traffic_of_hand_computed_sizes():
 def test_a_slow_network_shows():
     slow = find_device("a800", None, network_gb_per_s=0.5)
     layout = Layout(10**9, 0, 10**8)
-    assert traffic(layout, "full_shard", "bfloat16", 64, slow, 1).forward == pytest.approx(
+    assert traffic(layout, "full", "bfloat16", 64, slow, 1).forward == pytest.approx(
         2e9 * 63 / 64 / (8 * 0.5e9 * LINK_EFFICIENCY)
     )
-    plan = evaluate("full_shard", 8, find_device("a800", None, network_gb_per_s=0.0001))
+    plan = evaluate("full", 8, find_device("a800", None, network_gb_per_s=0.0001))
     assert next(iter(plan.limits)) == "communication"
     # Between nodes, hybrid sharding sends a gradient piece only.
-    hybrid, full = (traffic(layout, s, "bfloat16", 64, slow, 1) for s in ("hybrid_shard", "full_shard"))
+    hybrid, full = (traffic(layout, s, "bfloat16", 64, slow, 1) for s in ("hybrid", "full"))
     assert hybrid.forward + hybrid.backward < full.forward + full.backward
 
 
@@ -233,21 +233,21 @@ def test_the_search_finds_the_fastest_setting_that_fits():
 
 
 def test_a_given_setting_is_kept():
-    plan = make_plan(request(micro_batch=2, sharding="hybrid_shard"), A800)
-    assert (plan.sharding, plan.micro_batch, plan.accumulation) == ("hybrid_shard", 2, 8)
+    plan = make_plan(request(micro_batch=2, sharding="hybrid"), A800)
+    assert (plan.sharding, plan.micro_batch, plan.accumulation) == ("hybrid", 2, 8)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
-    enough = evaluate("full_shard", 1).memory_bytes
+    enough = evaluate("full", 1).memory_bytes
     small = replace(A800, memory_gib=A800.reserved_gib + 1.1 * enough / GIB)
     with pytest.raises(DoesNotFitError) as caught:
-        make_plan(request(micro_batch=8, sharding="full_shard"), small)
+        make_plan(request(micro_batch=8, sharding="full"), small)
     message = str(caught.value)
     assert "stage2 of the tiny model does not fit on 16 x NVIDIA A800" in message
     assert "with micro_batch 8 needs" in message
-    over = evaluate("full_shard", 8).memory_bytes - 1.1 * enough
+    over = evaluate("full", 8).memory_bytes - 1.1 * enough
     assert f"{over / 2**20:.1f} MiB more than the {1.1 * enough / 2**20:.1f} MiB that can be used" in message
-    assert "What would fit: micro_batch 1 with sharding full_shard" in message
+    assert "What would fit: micro_batch 1 with sharding full" in message
     with pytest.raises(DoesNotFitError, match=r"What would fit: \d+ GPUs with sharding \w+ and micro_batch 1"):
         make_plan(request(gpus=1, global_batch=1), small)
     nothing = replace(A800, memory_gib=3.0 + 1e-6)
@@ -257,7 +257,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
 
 def test_the_paper_is_beside_the_plan():
     text = io.StringIO()
-    show(make_plan(request(micro_batch=4, sharding="full_shard"), A800), Console(file=text, width=140))
+    show(make_plan(request(micro_batch=4, sharding="full"), A800), Console(file=text, width=140))
     shown = text.getvalue()
     for hours, gpu_hours in (("6.0", "768"), ("10.0", "1,280"), ("1.5", "192")):
         line = next(line for line in shown.splitlines() if gpu_hours in line.split() and hours in line.split())
@@ -281,7 +281,7 @@ def test_the_command_prints_json(capsys):
             "--micro-batch",
             "2",
             "--sharding",
-            "full_shard",
+            "full",
             "--json",
         ]
     )
