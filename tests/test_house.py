@@ -14,10 +14,11 @@ LAYERS = {
     "inference": 2,
     "evaluation": 3,
     "workloads": 3,
+    "monitoring": 4,
     "profiling": 4,
     "planning": 5,
-    "recipes": 4,
-    "cli": 6,
+    "recipes": 6,
+    "cli": 7,
 }
 """A part of dreamllm may import parts of a lower layer, and those of its own layer named in SIDEWAYS."""
 SIDEWAYS = {("data", "model")}

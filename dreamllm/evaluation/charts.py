@@ -40,11 +40,11 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
 
     grid = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-        f'<text x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">{t:g}</text>'
+        f'<text x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">{short(t)}</text>'
         for t in y_ticks
     ]
     grid += [
-        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{t:g}</text>'
+        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{short(t)}</text>'
         for t in x_ticks
         if t <= last
     ]
@@ -55,7 +55,7 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
         f'{values[0]:.3g} at the beginning, {final:.3g} at the end">{"".join(grid)}'
         f'<path class="raw" d="{path(values)}"/><path class="curve" d="{path(smooth)}"/>'
         f'<circle class="dot" cx="{end_x:.1f}" cy="{end_y:.1f}" r="2.5"/>'
-        f'<text class="value" x="{end_x + 6:.1f}" y="{end_y + 3.5:.1f}">{final:.3g}</text></svg>'
+        f'<text class="value" x="{end_x + 6:.1f}" y="{end_y + 3.5:.1f}">{short(final)}</text></svg>'
     )
 
 
@@ -90,6 +90,17 @@ def nice_ticks(largest: float, most: int = 5) -> list[float]:
         if count <= most - 1:
             return [round(i * step, 12) for i in range(count + 1)]
     raise AssertionError(f"no round step for {largest}")
+
+
+def short(value: float) -> str:
+    """Three digits in at most seven characters: 0.455, 13.1k, 9.25e-5."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    if value and abs(value) < 1e-3:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
