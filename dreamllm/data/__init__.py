@@ -1,7 +1,10 @@
 """Data: readers of every kind, their mixture, and batches that are a function of the seed and the step."""
 
 from dreamllm.data.conversations import Conversations
+from dreamllm.data.encode_latents import EncodeReport, EncodeSettings, encode_latents
 from dreamllm.data.interleaved import Interleaved
+from dreamllm.data.latent_files import LatentCacheError
+from dreamllm.data.latents import LatentCache, picture_key
 from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batches, load_steps
 from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
 from dreamllm.data.open import UnknownDataError, open_data, open_pairs
@@ -21,11 +24,15 @@ __all__ = [
     "Conversations",
     "DocumentList",
     "Draw",
+    "EncodeReport",
+    "EncodeSettings",
     "Encoder",
     "FilteredSampleError",
     "FolderPairs",
     "Interleaved",
     "LaneState",
+    "LatentCache",
+    "LatentCacheError",
     "LoadedBatch",
     "LoaderSettings",
     "LoaderState",
@@ -43,11 +50,13 @@ __all__ = [
     "TooManyBadSamplesError",
     "UnknownDataError",
     "derive_seed",
+    "encode_latents",
     "load_batches",
     "load_steps",
     "open_data",
     "open_pairs",
     "parse_size",
+    "picture_key",
     "prepare",
     "uniform",
 ]

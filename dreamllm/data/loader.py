@@ -9,21 +9,24 @@ that of the last batch which was consumed, whatever was prefetched.
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dreamllm.data.latent_files import LatentCacheError
+from dreamllm.data.latents import LatentCache
 from dreamllm.data.mixture import Mixture
 from dreamllm.data.packing import Held, choose
 from dreamllm.data.plans import BatchPlan, LaneState, LoaderState
 from dreamllm.data.preparation import Encoder, Prepared
 from dreamllm.data.problems import Problem, TooManyBadSamplesError
 from dreamllm.data.samples import Samples
+from dreamllm.data.workers import prepare_worker
 from dreamllm.documents import PackedBatch
 from dreamllm.documents.batch import null_sequence
+
+LoadingError = TooManyBadSamplesError | LatentCacheError
 
 
 @dataclass
@@ -99,13 +102,23 @@ class Batches(Dataset):
     each of its batches is filled as well as the documents that it holds back allow; one whose pictures turn out to be
     unreadable leaves a gap.
 
-    Raises `ValueError` when `tokens_per_batch` does not hold the longest document.
+    With `latents`, the batches hold what the VAE made of their pictures to create instead of the pictures.
+
+    Raises `ValueError` when `tokens_per_batch` does not hold the longest document, and when pictures are to be mirrored
+    that the latent cache holds only as they are.
     """
 
-    def __init__(self, mixture: Mixture, encoder: Encoder, settings: LoaderSettings) -> None:
-        self.mixture, self.encoder, self.settings = mixture, encoder, settings
+    def __init__(
+        self, mixture: Mixture, encoder: Encoder, settings: LoaderSettings, latents: LatentCache | None = None
+    ) -> None:
+        self.mixture, self.encoder, self.settings, self.latents = mixture, encoder, settings, latents
+        if latents is not None and settings.flip_targets and not latents.identity.mirrored:
+            raise ValueError(
+                f"flip_targets mirrors pictures, but the latent cache {latents.folder} holds them only as they are; "
+                "make one with --mirrored, or set flip_targets to false"
+            )
         self.samples = Samples(
-            mixture, encoder, settings.max_consecutive_bad, settings.flip_targets, settings.pictures_per_batch
+            mixture, encoder, settings.max_consecutive_bad, settings.flip_targets, settings.pictures_per_batch, latents
         )
         self.room = 0
         if settings.tokens_per_batch is not None:
@@ -167,21 +180,20 @@ class Batches(Dataset):
         prepared = self._fixed(plan, problems) if self.room == 0 else self._packed(plan, problems)
         for sample in prepared:
             problems.extend(sample.problems)
-        batch = self.encoder.pack([sample.encoded for sample in prepared], with_null=self.settings.with_null)
+        moments = None if self.latents is None else [row for sample in prepared for row in sample.moments]
+        encoded = [sample.encoded for sample in prepared]
+        batch = self.encoder.pack(encoded, with_null=self.settings.with_null, moments=moments)
         return LoadedBatch(plan, batch, problems)
 
     def _fixed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:
-        return [self._whole(position, problems) for position in plan.positions]
-
-    def _whole(self, position: int, problems: list[Problem]) -> Prepared:
-        return self.samples.flipped(self.samples.whole(self.mixture.draw(position), problems), position)
+        return [self.samples.whole(self.mixture.draw(position), position, problems) for position in plan.positions]
 
     def _packed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:
         texts = [self.samples.text(self.mixture.draw(position), problems) for position in plan.positions]
         room = self.room - sum(len(text.encoded) for text in texts)
         prepared = []
         for position, text in zip(plan.positions, texts, strict=True):
-            sample = self.samples.pictures(text, problems)
+            sample = self.samples.pictures(text, position, problems)
             # Without a lost picture, text that was cut may fit again and make a document longer than planned.
             length = 0 if sample is None else len(sample.encoded)
             room += len(text.encoded)
@@ -192,10 +204,9 @@ class Batches(Dataset):
                 problems.append(Problem("corrupt_image", f"{lost}; without it the document does not fit its batch"))
                 continue
             room -= length
-            prepared.append(self.samples.flipped(sample, position))
+            prepared.append(sample)
         if not prepared:  # no picture of the whole batch could be read
-            following = texts[0].draw.following()
-            prepared.append(self.samples.flipped(self.samples.whole(following, problems), plan.positions[0]))
+            prepared.append(self.samples.whole(texts[0].draw.following(), plan.positions[0], problems))
         return prepared
 
 
@@ -222,18 +233,18 @@ def load_steps(
     start = start.of(lanes)
     plans = _Plans(batches, start, of, None if steps is None else start.step + steps)
     # A process of its own: tokenising texts would hold up the steps of this one.
-    apart = DataLoader(plans, batch_size=None, num_workers=1, worker_init_fn=_leave_interrupts_to_the_parent)
+    apart = DataLoader(plans, batch_size=None, num_workers=1, worker_init_fn=prepare_worker)
     loader = DataLoader(
         _Guarded(batches),
         batch_size=None,
         sampler=apart if workers and batches.room else plans,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=prepare_worker,
     )
     step = []
     for item in loader:
-        if isinstance(item, TooManyBadSamplesError):
+        if not isinstance(item, LoadedBatch):
             raise item
         step.append(item)
         if len(step) == len(lanes):
@@ -256,7 +267,7 @@ class _Plans(IterableDataset):
     def __init__(self, batches: Batches, start: LoaderState, of: int, stop: int | None) -> None:
         self.batches, self.start, self.of, self.stop = batches, start, of, stop
 
-    def __iter__(self) -> Iterator[BatchPlan | TooManyBadSamplesError]:
+    def __iter__(self) -> Iterator[BatchPlan | LoadingError]:
         try:
             yield from self._interleaved()
         except TooManyBadSamplesError as error:
@@ -276,15 +287,10 @@ class _Guarded(Dataset):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, plan: BatchPlan | TooManyBadSamplesError) -> LoadedBatch | TooManyBadSamplesError:
-        if isinstance(plan, TooManyBadSamplesError):
+    def __getitem__(self, plan: BatchPlan | LoadingError) -> LoadedBatch | LoadingError:
+        if not isinstance(plan, BatchPlan):
             return plan
         try:
             return self.batches.load(plan)
-        except TooManyBadSamplesError as error:
+        except (TooManyBadSamplesError, LatentCacheError) as error:
             return error
-
-
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

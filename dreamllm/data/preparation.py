@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 from PIL import Image
@@ -39,15 +39,26 @@ class Encoder(Protocol):
     ) -> PackedBatch: ...
 
 
+Known = Callable[[int, PictureSource], Tensor | None]
+"""(number of the picture to create, its source) -> its posterior moments where they are known."""
+
+
 @dataclass
 class Prepared:
-    """An encoded document whose `images` and `targets` are decoded pictures, and what had to be changed in it."""
+    """An encoded document whose pictures are decoded, and what had to be changed in it.
+
+    `moments` are those of the pictures to create, or None. A picture to create whose moments are known is left as it
+    is, unless it is read too.
+    """
 
     encoded: EncodedDocument
     problems: list[Problem]
+    moments: list[Tensor | None] = field(default_factory=list)
 
 
-def prepare(document: Document, encoder: Encoder, encoded: EncodedDocument | None = None) -> Prepared:
+def prepare(
+    document: Document, encoder: Encoder, encoded: EncodedDocument | None = None, known: Known | None = None
+) -> Prepared:
     """Encodes `document`, unless `encoded` is given, and decodes the pictures that its sequence holds.
 
     A document whose parts are taken while they fit (overflow "stop": interleaved) loses a picture that cannot be read
@@ -59,7 +70,9 @@ def prepare(document: Document, encoder: Encoder, encoded: EncodedDocument | Non
     decoded: dict[int, Image.Image] = {}
     while True:
         encoded = encoded or _encode(document, encoder, name)
-        lost = _decode(encoded, decoded, name)
+        moments, lost = _moments(encoded, known, name)
+        unknown = [source for source, row in zip(encoded.targets, moments, strict=True) if row is None]
+        lost |= _decode([*encoded.images, *unknown], decoded, name)
         if not lost:
             break
         problems += [Problem("lost_picture", str(error)) for error in lost.values()]
@@ -71,8 +84,8 @@ def prepare(document: Document, encoder: Encoder, encoded: EncodedDocument | Non
     if encoded.truncated:
         problems.append(Problem("trimmed", f"{name} was cut at {encoder.layout.max_length} tokens"))
     images: list[PictureSource] = [decoded[id(source)] for source in encoded.images]
-    targets: list[PictureSource] = [decoded[id(source)] for source in encoded.targets]
-    return Prepared(replace(encoded, images=images, targets=targets), problems)
+    targets: list[PictureSource] = [decoded.get(id(source), source) for source in encoded.targets]
+    return Prepared(replace(encoded, images=images, targets=targets), problems, moments)
 
 
 def encode_text(document: Document, encoder: Encoder) -> EncodedDocument:
@@ -109,10 +122,28 @@ def _encode(document: Document, encoder: Encoder, name: str) -> EncodedDocument:
         raise BadSampleError("too_long", str(error)) from error
 
 
-def _decode(encoded: EncodedDocument, decoded: dict[int, Image.Image], name: str) -> dict[int, BadSampleError]:
+def _moments(
+    encoded: EncodedDocument, known: Known | None, name: str
+) -> tuple[list[Tensor | None], dict[int, BadSampleError]]:
+    """Moments of the pictures to create, and the failures by the id of their source."""
+    if known is None:
+        return [None] * len(encoded.targets), {}
+    failures: dict[int, BadSampleError] = {}
+
+    def found(number: int, source: PictureSource) -> Tensor | None:
+        try:
+            return known(number, source)
+        except PictureError as error:
+            failures[id(source)] = _unreadable(source, error, name)
+            return None
+
+    return [found(number, source) for number, source in enumerate(encoded.targets)], failures
+
+
+def _decode(sources: Sequence[PictureSource], decoded: dict[int, Image.Image], name: str) -> dict[int, BadSampleError]:
     """Decodes the pictures not in `decoded` yet; returns the failures by the id of their source."""
     failures: dict[int, BadSampleError] = {}
-    for source in [*encoded.images, *encoded.targets]:
+    for source in sources:
         if id(source) in decoded or id(source) in failures:
             continue
         try:

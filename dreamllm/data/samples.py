@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from dreamllm.data.latents import LatentCache
 from dreamllm.data.mixture import Draw, Mixture
 from dreamllm.data.packing import Held
 from dreamllm.data.preparation import Encoder, Prepared, encode_text, prepare
@@ -33,7 +34,8 @@ class Samples:
     """What stands at a position of `mixture`, as a function of the position alone.
 
     A sample that cannot be used gives way to the next usable one of its reader; `max_consecutive_bad` of them in a row
-    are a `TooManyBadSamplesError`. `max_pictures`: a document that creates more of them cannot be used.
+    are a `TooManyBadSamplesError`. `max_pictures`: a document that creates more of them cannot be used. `latents`:
+    where the posterior moments of pictures to create are looked up.
     """
 
     mixture: Mixture
@@ -41,6 +43,7 @@ class Samples:
     max_consecutive_bad: int
     flip_targets: bool = False
     max_pictures: int | None = None
+    latents: LatentCache | None = None
 
     def measure(self, position: int) -> Held:
         """How long the document at `position` is. No picture is decoded."""
@@ -54,46 +57,62 @@ class Samples:
         """
         return self._first(draw, problems, self._attempt_text)
 
-    def whole(self, draw: Draw, problems: list[Problem]) -> Prepared:
-        """The first document from `draw` on that can be used, with its pictures. See `text`."""
-        return self._first(draw, problems, lambda draw: self._pictures(self._attempt_text(draw)))
+    def whole(self, draw: Draw, position: int, problems: list[Problem]) -> Prepared:
+        """The first document from `draw` on that can be used, with its pictures, for `position`. See `text`."""
+        return self._first(draw, problems, lambda draw: self._pictures(self._attempt_text(draw), position))
 
-    def pictures(self, sample: TextSample, problems: list[Problem]) -> Prepared | None:
+    def pictures(self, sample: TextSample, position: int, problems: list[Problem]) -> Prepared | None:
         """`sample` with its pictures, or None when they cannot be used."""
         try:
-            prepared = self._pictures(sample)
+            return self._pictures(sample, position)
         except BadSampleError as error:
             problems.append(Problem(error.reason, str(error)))
             return None
-        return prepared
 
-    def flipped(self, prepared: Prepared, position: int) -> Prepared:
-        """With `flip_targets`, mirrors each picture to create with probability 1/2, drawn from (seed, position)."""
-        if not self.flip_targets:
-            return prepared
-        # Before the centre crop: mirroring commutes with it up to a pixel.
+    def _pictures(self, sample: TextSample, position: int) -> Prepared:
+        if self.latents is None:
+            prepared = prepare(sample.document, self.encoder, sample.encoded)
+        else:
+            latents = self.latents
+            prepared = prepare(
+                sample.document,
+                self.encoder,
+                sample.encoded,
+                lambda number, source: latents.find(source, self._mirrored(position, number)),
+            )
+            if latents.missing == "error" and any(row is None for row in prepared.moments):
+                raise latents.not_found(sample.document.name or "(unnamed)")
+        # Mirrored before the centre crop: the two commute up to a pixel.
         targets: list[PictureSource] = [
-            load_picture(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            if uniform(self.mixture.seed, "flip", position, i) < FLIP_PROBABILITY
-            else picture
-            for i, picture in enumerate(prepared.encoded.targets)
+            load_picture(source).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if row is None and self._mirrored(position, number)
+            else source
+            for number, (source, row) in enumerate(zip(prepared.encoded.targets, prepared.moments, strict=True))
         ]
         return replace(prepared, encoded=replace(prepared.encoded, targets=targets))
 
+    def _mirrored(self, position: int, number: int) -> bool:
+        """Whether picture `number` to create at `position` is mirrored: with probability 1/2 under `flip_targets`."""
+        return self.flip_targets and uniform(self.mixture.seed, "flip", position, number) < FLIP_PROBABILITY
+
     def _first(self, draw: Draw, problems: list[Problem], attempt: Callable[[Draw], Usable]) -> Usable:
         failures: list[str] = []
-        for _ in range(self.max_consecutive_bad):
+        for _ in range(len(draw.reader) + self.max_consecutive_bad):
             try:
                 return attempt(draw)
             except BadSampleError as error:
-                problems.append(Problem(error.reason, str(error)))
-                failures.append(f"  {error.reason}: {error}")
+                problem = Problem(error.reason, str(error))
+                problems.append(problem)
+                if not problem.filtered:
+                    failures.append(f"  {error.reason}: {error}")
+            if len(failures) == self.max_consecutive_bad:
+                shown = "\n".join(dict.fromkeys(failures[:5]))
+                raise TooManyBadSamplesError(
+                    f"{len(failures)} samples of {draw.reader.name} in a row could not be used (max_consecutive_bad), "
+                    f"for example\n{shown}"
+                )
             draw = draw.following()
-        shown = "\n".join(dict.fromkeys(failures[:5]))
-        raise TooManyBadSamplesError(
-            f"{len(failures)} samples of {draw.reader.name} in a row could not be used (max_consecutive_bad), "
-            f"for example\n{shown}"
-        )
+        raise TooManyBadSamplesError(f"the filters of {draw.reader.name} leave nothing: {problems[-1].message}")
 
     def _attempt_text(self, draw: Draw) -> TextSample:
         document = draw.document()
@@ -106,6 +125,3 @@ class Samples:
                 "(pictures_per_batch)",
             )
         return TextSample(draw, document, encoded)
-
-    def _pictures(self, sample: TextSample) -> Prepared:
-        return prepare(sample.document, self.encoder, sample.encoded)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from dreamllm.model.configuration import DreamLLMConfig
+from dreamllm.model.weights import SAFETENSORS, CheckpointError, load_into
 
 
 class IdentityCodec(nn.Module):
@@ -25,6 +32,49 @@ def build_codec(config: dict[str, Any]) -> Codec:
     if config.get("_class_name") == "IdentityCodec":
         return IdentityCodec(config["channels"])
     return AutoencoderKL.from_config(config)
+
+
+def load_codec(folder: Path) -> Codec:
+    """The codec of a model's folder alone, in eval mode: no other weight is read. Raises `CheckpointError`."""
+    codec = build_codec(DreamLLMConfig.from_pretrained(folder).vae_config)
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with safe_open(path, "pt") as file:
+            tensors |= {key.removeprefix("vae."): file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}  # noqa: SIM118
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        codec.to(dtypes.pop())
+    load_into(codec, tensors, str(folder))
+    return codec.eval().requires_grad_(False)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{SAFETENSORS}.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({folder / file for key, file in weight_map.items() if key.startswith("vae.")})
+    if not (folder / SAFETENSORS).is_file():
+        raise CheckpointError(f"{folder} has no weights; looked for {SAFETENSORS} and its sharded form")
+    return [folder / SAFETENSORS]
+
+
+def vae_fingerprint(codec: Codec) -> dict[str, str]:
+    """What identifies a VAE: its class and hashes of its configuration and of its weights, in the dtype they have.
+
+    Raises `ValueError` for a codec that encodes nothing.
+    """
+    if isinstance(codec, IdentityCodec):
+        raise ValueError("this model diffuses pixels: it has no VAE whose latents could be kept")
+    config = {key: value for key, value in codec.config.items() if not key.startswith("_")}
+    weights = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(codec.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return {
+        "class": type(codec).__name__,
+        "configuration": hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
 
 
 def encode_pictures(

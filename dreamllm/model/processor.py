@@ -201,6 +201,16 @@ class DreamLLMProcessor(ProcessorMixin):
         """RGB pictures -> diffusion targets [N, C, size, size] in [-1, 1]: short side resized, centre crop."""
         return torch.from_numpy(np.stack([self._target_array(image) for image in images]))
 
+    def describe_target(self) -> dict[str, Any]:
+        """What `target` does to a picture, as JSON values: latents that were made after another transform differ."""
+        return {
+            "size": self.settings.target_size,
+            "channels": self.settings.target_channels,
+            "resize": "short side, bilinear",
+            "crop": "centre",
+            "range": "-1 to 1",
+        }
+
     def _target_array(self, image: Image.Image) -> np.ndarray:
         size = self.settings.target_size
         if min(image.size) != size:
