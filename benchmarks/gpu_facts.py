@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import git_commit
+from benchmarks.running import git_commit
 
 SMI = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 

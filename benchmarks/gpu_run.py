@@ -86,7 +86,7 @@ def _build(setting: Setting) -> list[Step]:
 def _benchmark(setting: Setting, part: str, name: str, minutes: float) -> Step:
     seconds = "0.1" if setting.size == "small" else "2"
     record = str((setting.out / part / name).resolve())
-    options = ("--device", setting.device, "--seconds", seconds, "--record", record)
+    options = ("--device", setting.device, "--size", setting.size, "--seconds", seconds, "--record", record)
     return Step(part, name, (sys.executable, "-m", "benchmarks", "run", name, *options), minutes)
 
 

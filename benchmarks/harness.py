@@ -7,20 +7,29 @@ each turn is a few calls in a row on one input set, of which the first is not co
 checked against the first one's before anything is timed. A case declares the bytes it must move. Its speed is a share
 of the copy bandwidth measured in the same rounds with as many bytes.
 
-Only ratios within one run mean something on a shared CPU. Reported are the minimum and the median.
+Only ratios within one run mean something on a shared CPU. Reported are the minimum, the median and two quantiles.
 """
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-Call = Callable[..., Any]
+from benchmarks.timing import Call, CpuTimer, CudaTimer, Times, cost_per_call_us, matmul_gflops, timer_for
+
+__all__ = ["SIZES", "Call", "Case", "NotHereError", "Result", "cost_per_call_us", "matmul_gflops", "measure"]
+
+SIZES = ("small", "working")  # quick shapes; those of the 7b system
+MOST_SETS = {"cpu": 16, "cuda": 64}
+
+
+class NotHereError(Exception):
+    """A benchmark that cannot run on this device or at this size, and why: a row of the results, no failure."""
 
 
 @dataclass
@@ -35,19 +44,34 @@ class Case:
     flops: int
     relative_tolerance: float
     device: str = "cpu"
-    cold_bytes: int = 96 * 2**20  # input sets together
-    memory: bool = False  # also measure the memory of every contender
+    cold_bytes: int = 96 * 2**20  # input sets together, at least
+    memory: bool = False  # also measure the memory of every contender; on a GPU it always is
     held_bytes: dict[str, int] = field(default_factory=dict)  # kept between calls by a contender, allocated by others
     samples: int = 0  # documents, pictures, ... of one call, where time per sample says more than time per call
     least_rounds: int = 5  # timed even if `seconds` are over
     fallible: tuple[str, ...] = ()  # contenders whose failure is a result: a row that says so
+    # Other libraries' ways, or one phrase on why there is none. Checked like contenders, but a failure or a result of
+    # their own is a row, too. They get copies of the inputs when checked, because some overwrite them.
+    peers: Mapping[str, Call | str] = field(default_factory=dict)
+
+    def without_compiled(self) -> Case:
+        """Without the contenders that compile, which may take longer than everything else."""
+        kept = {name: call for name, call in self.contenders.items() if "torch.compile" not in name}
+        return dataclasses.replace(self, contenders=kept)
 
 
 @dataclass
 class Timing:
     contender: str
-    minimum_us: float
-    median_us: float
+    times: Times
+
+    @property
+    def minimum_us(self) -> float:
+        return self.times.minimum
+
+    @property
+    def median_us(self) -> float:
+        return self.times.median
 
 
 @dataclass
@@ -56,8 +80,8 @@ class Result:
     caches: str = "cold"
     timings: list[Timing] = field(default_factory=list)
     copy_minimum_us: float = 0.0
-    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # by contender, where the case asks for it
-    failures: dict[str, str] = field(default_factory=dict)  # by contender of `case.fallible`: why it was not timed
+    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # by contender, where it was measured
+    failures: dict[str, str] = field(default_factory=dict)  # by contender: why it was not timed
 
     def minimum(self, contender: str) -> float:
         return next(timing.minimum_us for timing in self.timings if timing.contender == contender)
@@ -83,6 +107,8 @@ class Result:
                 timing.contender: {
                     "minimum_us": round(timing.minimum_us, 2),
                     "median_us": round(timing.median_us, 2),
+                    "tenth_and_ninetieth_percentile_us": [round(timing.times.low, 2), round(timing.times.high, 2)],
+                    "rounds": timing.times.rounds,
                     "share_of_copy_bandwidth": round(self.share_of_copy_bandwidth(timing.contender), 3),
                     **({"peak_extra_bytes": self.peak_extra_bytes[timing.contender]} if self.peak_extra_bytes else {}),
                     **self._per_sample(timing.contender),
@@ -105,10 +131,37 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [tensor for part in result if part is not None for tensor in _tensors(part)]
 
 
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    """The same values in the same layout, so that a contender that overwrites them does no harm."""
+    return [
+        value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for value in inputs
+    ]
+
+
+def _difference(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest of all results, relative to each result's largest value. NaN counts as infinitely wrong."""
+    worst = 0.0
+    for a, b in zip(mine, theirs, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not a.numel():
+            continue
+        scale = b.float().abs().max().item() or 1.0
+        found = (a.float() - b.float()).abs().max().item() / scale
+        worst = max(worst, found if found == found else float("inf"))
+    return worst
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
 def check_contenders(case: Case) -> dict[str, str]:
     """Raises AssertionError when contenders disagree beyond the case's tolerance, relative to the largest value.
 
-    Returns the contenders of `case.fallible` that raised something else, with what they raised.
+    Returns, by name, why some are not to be timed: contenders of `case.fallible` that raised something else, and peers
+    that are not here, raised, or compute something else.
     """
     inputs = case.make_inputs()
     (first, ours), *others = case.contenders.items()
@@ -120,61 +173,72 @@ def check_contenders(case: Case) -> dict[str, str]:
         except Exception as error:
             if name not in case.fallible:
                 raise
-            failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            failures[name] = _reason(error)
             continue
-        for mine, theirs in zip(expected, results, strict=True):
-            scale = theirs.float().abs().max().item() or 1.0
-            difference = (mine.float() - theirs.float()).abs().max().item() / scale
-            if difference > case.relative_tolerance:
-                raise AssertionError(f"{case.operator} {case.label}: {first} and {name} differ by {difference:.2e}")
+        difference = _difference(expected, results)
+        if difference > case.relative_tolerance:
+            raise AssertionError(f"{case.operator} {case.label}: {first} and {name} differ by {difference:.2e}")
+    for name, peer in case.peers.items():
+        try:
+            reason = peer if isinstance(peer, str) else _peer_problem(case, peer, inputs, expected)
+        except Exception as error:  # whatever another library raises
+            reason = _reason(error)
+        if reason:
+            failures[name] = reason
     return failures
 
 
-def _clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _peer_problem(case: Case, peer: Call, inputs: Sequence[Any], expected: list[torch.Tensor]) -> str:
+    results = _tensors(peer(*_copies(inputs)))
+    if len(results) != len(expected):
+        return f"gives {len(results)} results instead of {len(expected)}"
+    difference = _difference(expected, results)
+    if difference > case.relative_tolerance:
+        return f"its result differs by {difference:.1e} of the largest value, {case.relative_tolerance:.0e} is allowed"
+    return ""
 
 
-def _time_once(call: Call, inputs: Sequence[Any], device: str) -> float:
-    start = _clock(device)
-    call(*inputs)
-    return (_clock(device) - start) * 1e6
-
-
-def _input_sets(case: Case, caches: str) -> list[Sequence[Any]]:
+def _input_sets(case: Case, caches: str, cold_bytes: int) -> list[Sequence[Any]]:
     first = case.make_inputs()
     if caches == "warm":
         return [first]
     used = sum(t.numel() * t.element_size() for t in _tensors([v for v in first if isinstance(v, torch.Tensor)]))
-    return [first] + [case.make_inputs() for _ in range(max(1, min(16, case.cold_bytes // max(used, 1))))]
+    more = max(1, min(MOST_SETS[case.device], cold_bytes // max(used, 1)))
+    return [first] + [case.make_inputs() for _ in range(more)]
 
 
-def _copy_inputs(case: Case, caches: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _copy_inputs(case: Case, caches: str, cold_bytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     half = max(1, case.bytes_moved // 2)
-    sets = 1 if caches == "warm" else max(2, min(16, case.cold_bytes // (2 * half)))
+    sets = 1 if caches == "warm" else max(2, min(MOST_SETS[case.device], cold_bytes // (2 * half)))
     return [tuple(torch.ones(2, half, dtype=torch.uint8, device=case.device).unbind()) for _ in range(sets)]  # type: ignore[misc]
 
 
 WARM_CALLS = 4  # in a row, of which the first brings the inputs back into the caches and is not counted
 
 
-def _turn(call: Call, inputs: Sequence[Any], case: Case, caches: str) -> list[float]:
+def _turn(timer: CpuTimer | CudaTimer, name: str, call: Call, inputs: Sequence[Any], caches: str) -> list[float]:
     if caches == "cold":
-        return [_time_once(call, inputs, case.device)]
-    return [_time_once(call, inputs, case.device) for _ in range(WARM_CALLS)][1:]
+        return [timer.time(name, call, inputs)]
+    return [timer.time(name, call, inputs) for _ in range(WARM_CALLS)][1:]
+
+
+def _timed(case: Case, failures: Mapping[str, str]) -> dict[str, Call]:
+    peers = {name: peer for name, peer in case.peers.items() if not isinstance(peer, str)}
+    return {name: call for name, call in {**case.contenders, **peers}.items() if name not in failures}
 
 
 def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "cold") -> Result:
     """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after the case's least."""
     assert caches in ("cold", "warm")
+    timer = timer_for(case.device)
     failures = check_contenders(case)
-    contenders = {name: call for name, call in case.contenders.items() if name not in failures}
-    input_sets = _input_sets(case, caches)
-    copies = _copy_inputs(case, caches)
-    for call in contenders.values():
+    contenders = _timed(case, failures)
+    cold_bytes = timer.cold_bytes(case.cold_bytes)
+    input_sets = _input_sets(case, caches, cold_bytes)
+    copies = _copy_inputs(case, caches, cold_bytes)
+    for name, call in contenders.items():
         for inputs in input_sets[:3] if case.least_rounds > 2 else []:  # long cases are warm from the check
-            call(*inputs)
+            timer.prepare(name, call, inputs)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     copy_samples: list[float] = []
     begin = time.perf_counter()
@@ -182,16 +246,16 @@ def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "c
         if number >= case.least_rounds and time.perf_counter() - begin > seconds:
             break
         for position, (name, call) in enumerate(contenders.items()):
-            samples[name] += _turn(call, input_sets[(number + position) % len(input_sets)], case, caches)
+            samples[name] += _turn(timer, name, call, input_sets[(number + position) % len(input_sets)], caches)
         target, source = copies[number % len(copies)]
-        copy_samples += _turn(target.copy_, (source,), case, caches)
+        copy_samples += _turn(timer, "copy", target.copy_, (source,), caches)
     result = Result(case, caches, copy_minimum_us=min(copy_samples), failures=failures)
-    if case.memory:
+    if case.memory or case.device == "cuda":
         result.peak_extra_bytes = {
             name: peak_extra_bytes(call, input_sets[0], case.device) + case.held_bytes.get(name, 0)
             for name, call in contenders.items()
         }
-    result.timings = [Timing(name, min(values), statistics.median(values)) for name, values in samples.items()]
+    result.timings = [Timing(name, Times.of(values)) for name, values in samples.items()]
     return result
 
 
@@ -217,31 +281,3 @@ def peak_extra_bytes(call: Call, inputs: Sequence[Any], device: str) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most - sum(tensor.numel() * tensor.element_size() for tensor in _tensors(results))
-
-
-def matmul_gflops(device: str, size: int = 0, repeats: int = 5) -> dict[str, float]:
-    """Of the fastest of some square matrix products, by dtype: what this machine reaches in arithmetic.
-
-    `size` 0: large enough that the product is no longer bound by memory or by its launch.
-    """
-    size = size or (8192 if device == "cuda" else 2048)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
-        torch.mm(a, b)
-        best = min(_time_once(torch.mm, (a, b), device) for _ in range(repeats))
-        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e3
-    return found
-
-
-def cost_per_call_us(call: Call, inputs: Sequence[Any], calls: int = 4000) -> float:
-    """Least mean time of one call over several batches; with tiny tensors this is the cost of the boundary."""
-    for _ in range(200):
-        call(*inputs)
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(calls // 10):
-            call(*inputs)
-        best = min(best, (time.perf_counter() - start) / (calls // 10))
-    return best * 1e6

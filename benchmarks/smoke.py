@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import available, git_commit
-from benchmarks.harness import Case, measure
+from benchmarks.harness import SIZES, Case, measure
+from benchmarks.running import available, git_commit
 
 
-def pick(cases: list[Case], size: str) -> Case:
-    """The least or the largest case, without the contenders that compile."""
-    choose = min if size == "small" else max
-    case = choose(cases, key=lambda case: case.bytes_moved + case.flops / 64)
-    kept = {name: call for name, call in case.contenders.items() if "compile" not in name}
-    return dataclasses.replace(case, contenders=kept, memory=False)
+def pick(cases: list[Case]) -> Case:
+    """The least case, without the contenders that compile."""
+    case = min(cases, key=lambda case: case.bytes_moved + case.flops / 64)
+    return dataclasses.replace(case.without_compiled(), memory=False)
 
 
 def operators() -> list[str]:
@@ -38,7 +36,7 @@ def smoke(names: list[str], device: str, size: str, seconds: float) -> dict[str,
     for name in names:
         try:
             module = importlib.import_module(available()[name])
-            result = measure(pick(list(module.cases(device)), size), rounds=20, seconds=seconds)
+            result = measure(pick(list(module.cases(device, size))), rounds=20, seconds=seconds)
             found[name] = result.record()
             ours = result.timings[0]
             others = ", ".join(
@@ -55,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"default: all ({', '.join(operators())})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=("small", "working"), default="small", help="the least or the largest case")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seconds", type=float, default=0.5, help="per operator")
     parser.add_argument("--record", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()

@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.__main__ import KEEP_FREED_MEMORY
-from benchmarks.__main__ import SETTINGS as THREAD_SETTINGS
+from benchmarks.running import KEEP_FREED_MEMORY
+from benchmarks.running import SETTINGS as THREAD_SETTINGS
 
 SETTINGS = THREAD_SETTINGS | KEEP_FREED_MEMORY
 

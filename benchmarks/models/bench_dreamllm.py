@@ -1,7 +1,4 @@
-"""DreamLLM's workloads at size mini against the original's pattern, eager and under torch.compile.
-
-`python -m benchmarks.models` runs the same cases and counts samples.
-"""
+"""DreamLLM's workloads against the original's pattern, eager and under torch.compile."""
 
 from __future__ import annotations
 
@@ -9,16 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Case
+from benchmarks.harness import Case, NotHereError
 from benchmarks.models.workloads import workloads
 
-FAMILY = "dreamllm"
+FAMILY = "models"
+SHAPES = {"small": "mini", "working": "7b"}  # of dreamllm.workloads
 
 
-def cases(device: str) -> Iterator[Case]:
-    if device != "cpu":
-        raise ValueError(f"the workloads of DreamLLM are prepared on the CPU only, not on {device}")
-    for make in workloads("mini").values():
+def cases(device: str, size: str) -> Iterator[Case]:
+    if device != "cpu" or size != "small":
+        raise NotHereError("the original's pattern and its batches are prepared on the CPU only, at size mini")
+    for make in workloads(SHAPES[size]).values():
         torch._dynamo.reset()
         yield make()
 

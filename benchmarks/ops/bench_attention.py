@@ -1,4 +1,5 @@
-"""attention against torch's scaled_dot_product_attention (padded where sequences are packed) and eager attention."""
+"""attention against torch's scaled_dot_product_attention and eager attention, both padded where sequences are packed,
+flash-attn and xformers."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import attention, explain
-from dreamkernels.ops.attention import external
 from dreamkernels.ops.attention.reference import visible_keys
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "attention"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-DOCUMENTS = (37, 700, 512, 90, 640, 301, 45, 410, 128, 77, 555, 260, 341)  # 4096 tokens
+DOCUMENTS = {  # lengths in a pack of 2048 tokens, and in one of 8192
+    "small": (37, 350, 512, 90, 301, 45, 128, 77, 260, 248),
+    "working": (1876, 1433, 1102, 912, 770, 640, 512, 417, 300, 230),
+}
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,33 @@ class Shape:
         return sum(q * k - (q * (q - 1) // 2 if self.causal else 0) for q, k in lengths)
 
 
-SHAPES = (
-    Shape("causal 1024", 8, 64, 1024, 1024),
-    Shape("causal 1024, width 8", 8, 8, 1024, 1024),
-    Shape("causal 1024, width 16", 8, 16, 1024, 1024),
-    Shape("causal 1024, width 32", 8, 32, 1024, 1024),
-    Shape("causal 1024, width 128", 8, 128, 1024, 1024),
-    Shape("packed documents", 8, 64, documents=DOCUMENTS),
-    Shape("66 queries over 1500 keys", 8, 64, 66, 1500),
-    Shape("64 queries over a frozen prefix of 300", 8, 64, 64, 364, constant_keys=300),
-    Shape("CLIP", 16, 64, 257, 257, causal=False),
-    Shape("UNet 32 x 32", 8, 64, 1024, 1024, batch=4, causal=False),
-    Shape("UNet 16 x 16", 8, 64, 256, 256, batch=4, causal=False),
-    Shape("UNet 8 x 8", 8, 64, 64, 64, batch=4, causal=False),
-    Shape("UNet 32 x 32, width 8", 8, 8, 1024, 1024, batch=4, causal=False),
-    Shape("UNet 16 x 16, width 16", 8, 16, 256, 256, batch=4, causal=False),
-    Shape("UNet 8 x 8, width 32", 8, 32, 64, 64, batch=4, causal=False),
-)
+SHAPES = {
+    "small": (
+        Shape("causal 1024", 8, 64, 1024, 1024),
+        Shape("causal 1024, width 16", 8, 16, 1024, 1024),
+        Shape("packed documents", 8, 64, documents=DOCUMENTS["small"]),
+        Shape("66 queries over 1500 keys", 8, 64, 66, 1500),
+        Shape("64 queries over a frozen prefix of 300", 8, 64, 64, 364, constant_keys=300),
+        Shape("UNet 16 x 16", 8, 64, 256, 256, batch=4, causal=False),
+    ),
+    "working": (
+        Shape("causal 4 x 2048", 32, 128, 2048, 2048, batch=4),
+        Shape("packed documents", 32, 128, documents=DOCUMENTS["working"]),
+        Shape("66 queries over 1500 keys", 32, 128, 66, 1500, batch=8),
+        Shape("64 queries over a frozen prefix of 100", 32, 128, 64, 164, batch=16, constant_keys=100),
+        Shape("CLIP", 16, 64, 257, 257, batch=16, causal=False),
+        Shape("UNet 64 x 64", 5, 64, 4096, 4096, batch=8, causal=False),
+        Shape("UNet 32 x 32", 10, 64, 1024, 1024, batch=8, causal=False),
+        Shape("UNet 16 x 16", 20, 64, 256, 256, batch=8, causal=False),
+        Shape("UNet 8 x 8", 20, 64, 64, 64, batch=8, causal=False),
+    ),
+}
 
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 Attend = Callable[..., torch.Tensor]  # (q, k, v) in the layout of the case -> out
 
 
@@ -121,36 +134,23 @@ def eager(shape: Shape, device: str) -> Attend:
     return run
 
 
-def contenders_of(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, tuple[Attend, bool]]:
+def contenders_of(shape: Shape, device: str) -> dict[str, tuple[Attend, bool]]:
     """Each with whether it takes the padded batch."""
-    padded = bool(shape.documents)
     found = {"ours": (attend_by(shape, device, "auto"), False)}
     if device == "cpu":
-        found["SDPA"] = (sdpa(shape, device), padded)
-    else:
-        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-        backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
-        for name, backend in backends.items():
-            if _serves(sdpa(shape, device, [backend]), shape, device, dtype):
-                found[f"SDPA {name}"] = (sdpa(shape, device, [backend]), padded)
-        if not external.UNAVAILABLE["flash_attn"](device) and dtype != torch.float32:
-            found["flash-attn"] = (attend_by(shape, device, "flash_attn"), False)
-    found["eager"] = (eager(shape, device), padded)
-    return found
+        found["SDPA"] = (sdpa(shape, device), bool(shape.documents))
+    return {**found, "eager": (eager(shape, device), bool(shape.documents))}
 
 
-def _serves(attend: Attend, shape: Shape, device: str, dtype: torch.dtype) -> bool:
-    """Whether an SDPA back end takes this case: none says so before it is asked."""
-    batch, length = len(shape.documents) or shape.batch, max(shape.documents, default=0)
-    q, k, v = (
-        torch.randn(batch, length or rows, shape.heads, shape.head_dim, device=device).to(dtype).requires_grad_()
-        for rows in (shape.queries, shape.keys, shape.keys)
-    )
-    try:
-        attend(q, k, v).sum().backward()
-    except RuntimeError:
-        return False
-    return True
+def peers_of(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, tuple[peers.Peer, bool]]:
+    """As `contenders_of`. Which of torch's back ends takes a case, none says before it is asked."""
+    found: dict[str, tuple[peers.Peer, bool]] = {}
+    if device == "cuda":
+        for name, backend in BACKENDS.items():
+            found[f"SDPA {name}"] = (sdpa(shape, device, [backend]), bool(shape.documents))
+    found[peers.FLASH] = (peers.flash_attention(device, dtype, shape.causal, shape.documents), False)
+    mask = (shape.causal, shape.queries, shape.keys, shape.documents)
+    return {**found, peers.XFORMERS: (peers.xformers_attention(device, *mask), False)}
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, differentiable: bool) -> list[torch.Tensor]:
@@ -192,24 +192,36 @@ def contender(attend: Attend, shape: Shape, padded: bool, device: str, backward:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES:
+def cases(device: str, size: str) -> Iterator[Case]:
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
-            found = contenders_of(shape, device, dtype)
             tokens = sum(shape.documents) or shape.batch * (shape.queries + shape.keys) // 2
             bytes_forward = 4 * tokens * shape.heads * shape.head_dim * dtype.itemsize
             flops = 4 * shape.pairs * shape.heads * shape.head_dim
             for what, passes in (("forward", 1), ("forward+backward", 3)):
-                yield Case(
-                    "attention",
-                    f"{what} {str(dtype).removeprefix('torch.')} {shape.name}",
-                    lambda shape=shape, dtype=dtype, passes=passes: make_inputs(shape, dtype, device, passes > 1),
-                    {n: contender(a, shape, padded, device, passes > 1) for n, (a, padded) in found.items()},
-                    passes * bytes_forward,
-                    flops * (1 if passes == 1 else 7) // (1 if passes == 1 else 2),
-                    TOLERANCE[dtype],
-                    device,
-                )
+                yield _case(shape, device, dtype, what, passes, bytes_forward, flops)
+
+
+def _case(
+    shape: Shape, device: str, dtype: torch.dtype, what: str, passes: int, bytes_forward: int, flops: int
+) -> Case:
+    backward = passes > 1
+
+    def wrap(padded: bool) -> Callable[[Attend], Callable[..., Any]]:
+        return lambda attend: contender(attend, shape, padded, device, backward)
+
+    return Case(
+        "attention",
+        f"{what} {str(dtype).removeprefix('torch.')} {shape.name}",
+        lambda: make_inputs(shape, dtype, device, backward),
+        {name: wrap(padded)(attend) for name, (attend, padded) in contenders_of(shape, device).items()},
+        passes * bytes_forward,
+        flops * 7 // 2 if backward else flops,
+        TOLERANCE[dtype],
+        device,
+        fallible=("eager",),  # its scores may not fit the memory
+        peers={name: peers.wrapped(p, wrap(padded)) for name, (p, padded) in peers_of(shape, device, dtype).items()},
+    )
 
 
 def boundary(device: str) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Keys and values of all cross-attention layers: once per picture, against projections in each of 25 denoising steps.
 
-SD 2.1: 16 layers, 24,960 columns, conditions of 64 states of width 1024, guided and unguided.
+Working size is SD 2.1's: 16 layers, 24,960 columns, conditions of 64 states of width 1024.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +15,40 @@ from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import ConditionWeights, condition_kv
 
 FAMILY = "conditioning"
-STEPS, KEYS, CONDITION_WIDTH, STATE_WIDTH, HEAD_WIDTH = 25, 64, 1024, 4096, 64
-HEADS = (5,) * 5 + (10,) * 5 + (20,) * 6
+STEPS, HEAD_WIDTH = 25, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
-def cases(device: str) -> Iterator[Case]:
+@dataclass(frozen=True)
+class Shape:
+    """Heads of each layer; states per condition, their width and that of the condition; numbers of conditions."""
+
+    heads: tuple[int, ...]
+    keys: int
+    state_width: int
+    condition_width: int
+    pictures: tuple[int, ...]
+
+
+SHAPES = {
+    "small": Shape((1,) * 5 + (2,) * 5 + (4,) * 6, 64, 512, 256, (1,)),
+    "working": Shape((5,) * 5 + (10,) * 5 + (20,) * 6, 64, 4096, 1024, (2, 16)),
+}
+
+
+def cases(device: str, size: str) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
-        yield from _cases(device, dtype)
+        yield from _cases(device, SHAPES[size], dtype)
 
 
-def _cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+def _cases(device: str, shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    pairs = [[random(heads * HEAD_WIDTH, CONDITION_WIDTH) for _ in range(2)] for heads in HEADS]
-    weights = ConditionWeights.concatenate((*pair, heads) for pair, heads in zip(pairs, HEADS, strict=True))
+    pairs = [[random(heads * HEAD_WIDTH, shape.condition_width) for _ in range(2)] for heads in shape.heads]
+    weights = ConditionWeights.concatenate((*pair, heads) for pair, heads in zip(pairs, shape.heads, strict=True))
     singles = [weight for pair in pairs for weight in pair]
-    projector = random(CONDITION_WIDTH, STATE_WIDTH) * STATE_WIDTH**-0.5
+    projector = random(shape.condition_width, shape.state_width) * shape.state_width**-0.5
 
     def grouped(states: torch.Tensor) -> torch.Tensor:
         return condition_kv(states, weights, projector).columns
@@ -54,17 +71,20 @@ def _cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
         return run
 
     columns = weights.weight.shape[0]
-    for pictures in (1, 2):
-        rows = pictures * KEYS
-        moved = (weights.weight.numel() + projector.numel() + rows * (STATE_WIDTH + columns)) * dtype.itemsize
-        flops = 2 * rows * (STATE_WIDTH * CONDITION_WIDTH + CONDITION_WIDTH * columns)
-        name = f"{str(dtype).removeprefix('torch.')} [{pictures}, {KEYS}, {STATE_WIDTH}]"
+    for pictures in shape.pictures:
+        rows = pictures * shape.keys
+        moved = (weights.weight.numel() + projector.numel() + rows * (shape.state_width + columns)) * dtype.itemsize
+        flops = 2 * rows * shape.condition_width * (shape.state_width + columns)
+        name = f"{str(dtype).removeprefix('torch.')} [{pictures}, {shape.keys}, {shape.state_width}]"
 
         def states(pictures=pictures) -> list[torch.Tensor]:
-            return [random(pictures, KEYS, STATE_WIDTH)]
+            return [random(pictures, shape.keys, shape.state_width)]
 
         def differentiable(pictures=pictures) -> list[torch.Tensor]:
-            return [random(pictures, KEYS, columns), random(pictures, KEYS, STATE_WIDTH).requires_grad_()]
+            return [
+                random(pictures, shape.keys, columns),
+                random(pictures, shape.keys, shape.state_width).requires_grad_(),
+            ]
 
         yield Case(
             "condition_kv",

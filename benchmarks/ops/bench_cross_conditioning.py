@@ -1,6 +1,6 @@
-"""cross_conditioning against SDPA and torch.compile, and whole layers with a folded condition against unfolded ones.
+"""cross_conditioning against SDPA, torch.compile, flash-attn and xformers, and layers with a folded condition.
 
-Shapes are those of SD 2.1's cross-attention at 512 pixels: positions, heads of width 64, 64 dream queries.
+Shapes are those of SD 2.1's cross-attention at 512 pixels: heads of width 64, 64 dream queries of width 1024.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import (
     ConditionLayer,
@@ -22,9 +23,9 @@ from dreamkernels import (
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "conditioning"
-KEYS, WIDTH = 64, 64
-LAYERS = ((4096, 5), (1024, 10), (256, 20))
-PICTURES = 2  # guided and unguided
+KEYS, WIDTH, CONDITION_WIDTH = 64, 64, 1024
+# Conditions (guided and unguided), positions, heads.
+SHAPES = {"small": ((2, 1024, 5),), "working": ((16, 4096, 5), (16, 1024, 10), (16, 256, 20))}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
@@ -50,18 +51,18 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, size: str) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
-        for positions, heads in LAYERS:
-            yield from _attention(device, positions, heads, dtype)
-            yield _layer(device, positions, heads, dtype)
+        for shape in SHAPES[size]:
+            yield from _attention(device, *shape, dtype)
+            yield _layer(device, *shape, dtype)
 
 
-def _attention(device: str, positions: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
+def _attention(device: str, pictures: int, positions: int, heads: int, dtype: torch.dtype) -> Iterator[Case]:
     torch._dynamo.reset()
 
     def random(length: int) -> torch.Tensor:
-        return torch.randn(PICTURES, length, heads, WIDTH, device=device).to(dtype)
+        return torch.randn(pictures, length, heads, WIDTH, device=device).to(dtype)
 
     def plain() -> list[torch.Tensor]:
         return [random(positions), random(KEYS), random(KEYS)]
@@ -70,9 +71,10 @@ def _attention(device: str, positions: int, heads: int, dtype: torch.dtype) -> I
         return [random(positions), *(x.requires_grad_() for x in plain())]
 
     forwards = {"ours": ours, "SDPA": sdpa, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-    name = f"{str(dtype).removeprefix('torch.')} [{PICTURES}, {positions}, {heads}, {WIDTH}] to {KEYS} keys"
-    rows = PICTURES * positions * heads
+    name = f"{str(dtype).removeprefix('torch.')} [{pictures}, {positions}, {heads}, {WIDTH}] to {KEYS} keys"
+    rows = pictures * positions * heads
     moved, flops = 2 * rows * WIDTH * dtype.itemsize, 4 * rows * KEYS * WIDTH
+    flash, xformers = peers.flash_attention(device, dtype, False), peers.xformers_attention(device, False)
     fallible = ("torch.compile",)  # torch 2.13 takes these heads for another pattern of attention, and fails
     yield Case(
         "cross_conditioning",
@@ -84,6 +86,7 @@ def _attention(device: str, positions: int, heads: int, dtype: torch.dtype) -> I
         TOLERANCE[dtype],
         device,
         fallible=fallible,
+        peers={peers.FLASH: flash, peers.XFORMERS: xformers},
     )
     both = {contender: with_backward(call) for contender, call in forwards.items()}
     moved += 3 * rows * WIDTH * dtype.itemsize
@@ -98,10 +101,14 @@ def _attention(device: str, positions: int, heads: int, dtype: torch.dtype) -> I
         TOLERANCE[dtype],
         device,
         fallible=fallible,
+        peers={
+            peers.FLASH: peers.wrapped(flash, with_backward),
+            peers.XFORMERS: peers.wrapped(xformers, with_backward),
+        },
     )
 
 
-def _layer(device: str, positions: int, heads: int, dtype: torch.dtype) -> Case:
+def _layer(device: str, pictures: int, positions: int, heads: int, dtype: torch.dtype) -> Case:
     """Query projection, attention, output projection and residual; the condition is the same in every step."""
     channels = heads * WIDTH
 
@@ -109,8 +116,11 @@ def _layer(device: str, positions: int, heads: int, dtype: torch.dtype) -> Case:
         return torch.randn(*shape, device=device).to(dtype)
 
     weight_q, weight_out = (random(channels, channels) * channels**-0.5 for _ in range(2))
+    weight_k, weight_v = (random(channels, CONDITION_WIDTH) * CONDITION_WIDTH**-0.5 for _ in range(2))
     bias = random(channels)
-    condition = DreamCondition(random(PICTURES, KEYS, 2 * channels), (ConditionLayer(heads, WIDTH),))
+    states = random(pictures, KEYS, CONDITION_WIDTH)
+    columns = torch.cat([F.linear(states, weight_k), F.linear(states, weight_v)], -1)
+    condition = DreamCondition(columns, (ConditionLayer(heads, WIDTH),))
     folded = fold_condition(condition, 0, weight_q, weight_out, bias)
 
     def fold(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -125,18 +135,23 @@ def _layer(device: str, positions: int, heads: int, dtype: torch.dtype) -> Case:
         return F.linear(sdpa(q, *condition.key_value(0)).flatten(2), weight_out, bias) + residual
 
     def inputs() -> list[torch.Tensor]:
-        return [random(PICTURES, positions, channels), random(PICTURES, positions, channels)]
+        return [random(pictures, positions, channels), random(pictures, positions, channels)]
 
-    rows = PICTURES * positions
+    rows = pictures * positions
     return Case(
         "folded_cross_conditioning",
-        f"layer {str(dtype).removeprefix('torch.')} [{PICTURES}, {positions}, {channels}]",
+        f"layer {str(dtype).removeprefix('torch.')} [{pictures}, {positions}, {channels}]",
         inputs,
         {"folded": fold, "unfolded": unfolded, "SDPA": with_sdpa},
         3 * rows * channels * dtype.itemsize,
         4 * rows * channels * heads * KEYS,
         TOLERANCE[dtype],
         device,
+        peers={
+            peers.DIFFUSERS: peers.diffusers_cross_attention(
+                device, dtype, heads, WIDTH, (weight_q, weight_k, weight_v, weight_out, bias), states
+            )
+        },
     )
 
 

@@ -1,4 +1,5 @@
-"""decode_attention against torch's scaled_dot_product_attention on the same cache, and torch.compile of that."""
+"""decode_attention against torch's scaled_dot_product_attention on the same cache, torch.compile of that, and
+flash-attn's attention over a cache."""
 
 from __future__ import annotations
 
@@ -7,15 +8,25 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Case, cost_per_call_us
+from benchmarks import peers
+from benchmarks.harness import Call, Case, cost_per_call_us
 from dreamkernels import decode_attention
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "attention"
 
 # Sequences, new tokens, query heads, key heads, keys: the dream queries with their two marks and one token of LLaMA-7B,
-# a batch with grouped heads, a long cache with few heads.
-SHAPES = ((1, 66, 32, 32, 1500), (1, 1, 32, 32, 1500), (8, 1, 32, 8, 700), (1, 1, 8, 2, 8000))
+# batches, grouped heads, a long cache with few heads.
+SHAPES = {
+    "small": ((1, 66, 32, 32, 1500), (1, 1, 32, 32, 1500), (8, 1, 32, 8, 700)),
+    "working": (
+        (1, 66, 32, 32, 1500),
+        (1, 1, 32, 32, 1500),
+        (32, 1, 32, 32, 2048),
+        (8, 1, 32, 8, 700),
+        (1, 1, 8, 2, 8000),
+    ),
+}
 WIDTH = 128
 
 
@@ -36,6 +47,10 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tenso
     return out.transpose(1, 2)
 
 
+def without_mask(call: Call) -> Call:
+    return lambda q, k, v, lengths, mask: call(q, k, v, lengths)
+
+
 def inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     batch, tokens, q_heads, kv_heads, keys = shape
     q = torch.randn(batch, tokens, q_heads, WIDTH, device=device).to(dtype)
@@ -45,9 +60,10 @@ def inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: st
     return [q, k, v, lengths, mask]
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES:
+def cases(device: str, size: str) -> Iterator[Case]:
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32) if shape[0] == 1 and shape[2] == 32 else (torch.bfloat16,):
+            flash = peers.wrapped(peers.flash_decode(device, dtype), without_mask)
             torch._dynamo.reset()
             batch, tokens, q_heads, kv_heads, keys = shape
             moved = (2 * batch * keys * kv_heads + 2 * batch * tokens * q_heads) * WIDTH * dtype.itemsize
@@ -60,6 +76,7 @@ def cases(device: str) -> Iterator[Case]:
                 4 * batch * tokens * q_heads * keys * WIDTH,
                 3e-2 if dtype == torch.bfloat16 else 1e-4,
                 device,
+                peers={peers.FLASH: flash},
             )
 
 

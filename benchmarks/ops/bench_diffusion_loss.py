@@ -1,4 +1,4 @@
-"""add_noise and diffusion_loss against eager PyTorch, as training scripts write them, and against torch.compile."""
+"""add_noise and diffusion_loss against what training scripts write, torch.compile of it, and diffusers' scheduler."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import add_noise, diffusion_loss
 
 FAMILY = "unet"
-SHAPES = ((8, 4, 64, 64), (64, 4, 64, 64))
+SHAPES = {"small": ((8, 4, 64, 64),), "working": ((16, 4, 64, 64), (128, 4, 64, 64))}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GAMMA = 5.0
 
@@ -55,8 +57,8 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES:
+def cases(device: str, size: str) -> Iterator[Case]:
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             yield _noise_case(device, shape, dtype)
             for kind, gamma in (("epsilon", None), ("v_prediction", GAMMA)):
@@ -77,7 +79,7 @@ def _noise_case(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case
     moved = elements * (8 + dtype.itemsize)
     return Case(
         "add_noise", label, lambda: [*_tensors(device, shape), dtype], contenders, moved, 3 * elements,
-        TOLERANCE[dtype], device,
+        TOLERANCE[dtype], device, peers={peers.DIFFUSERS: peers.diffusers_add_noise(device, BETAS)},
     )  # fmt: skip
 
 

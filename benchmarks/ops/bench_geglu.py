@@ -1,4 +1,4 @@
-"""geglu against diffusers' eager code and torch.compile of it."""
+"""geglu against eager PyTorch, torch.compile of it, diffusers' module and Liger-Kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import geglu
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "unet"
-# Packed projections of Stable Diffusion's UNet (width 320 and 640), a shorter one for CPUs, and a small one.
-SHAPES = ((1024, 2560), (256, 5120), (64, 640))
+# Packed projections of Stable Diffusion's UNet: widths 320, 640 and 1280, positions of 8 maps.
+SHAPES = {"small": ((1024, 2560),), "working": ((32768, 2560), (8192, 5120), (2048, 10240))}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -31,12 +32,13 @@ def with_backward(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[.
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES if device == "cpu" else ((8192, 2560), (2048, 5120), *SHAPES):
+def cases(device: str, size: str) -> Iterator[Case]:
+    others = {peers.DIFFUSERS: peers.diffusers_geglu(device), peers.LIGER: peers.liger_geglu(device)}
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             torch._dynamo.reset()
             forwards = {"ours": geglu, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-            outputs, size = shape[0] * shape[1] // 2, dtype.itemsize
+            outputs, width = shape[0] * shape[1] // 2, dtype.itemsize
             name = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
             def plain(shape=shape, dtype=dtype) -> list[torch.Tensor]:
@@ -47,17 +49,26 @@ def cases(device: str) -> Iterator[Case]:
                 return [x.requires_grad_(), torch.randn_like(x[:, ::2].contiguous())]
 
             yield Case(
-                "geglu", f"forward {name}", plain, forwards, 3 * outputs * size, 30 * outputs, TOLERANCE[dtype], device
+                "geglu",
+                f"forward {name}",
+                plain,
+                forwards,
+                3 * outputs * width,
+                30 * outputs,
+                TOLERANCE[dtype],
+                device,
+                peers=others,
             )
             yield Case(
                 "geglu",
                 f"forward+backward {name}",
                 differentiable,
                 {contender: with_backward(call) for contender, call in forwards.items()},
-                (3 + 5) * outputs * size,
+                (3 + 5) * outputs * width,
                 70 * outputs,
                 TOLERANCE[dtype],
                 device,
+                peers={name: peers.wrapped(call, with_backward) for name, call in others.items()},
             )
 
 

@@ -1,4 +1,4 @@
-"""group_norm_silu against F.group_norm and F.silu, and torch.compile of them, in both layouts."""
+"""group_norm_silu against F.group_norm and F.silu, torch.compile of them, and Liger-Kernel, in both layouts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import group_norm_silu
 
 FAMILY = "unet"
 GROUPS = 32
-SHAPES = ((4, 320, 32, 32), (2, 128, 64, 64))
+# Maps of Stable Diffusion's UNet for 8 pictures, and of its VAE for one.
+SHAPES = {
+    "small": ((2, 320, 32, 32),),
+    "working": ((8, 320, 64, 64), (8, 640, 32, 32), (8, 1280, 16, 16), (8, 1280, 8, 8), (1, 128, 512, 512)),
+}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -34,15 +39,16 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, size: str) -> Iterator[Case]:
     """Forward; forward and backward with trained and with frozen parameters (a UNet is usually frozen)."""
-    for shape in SHAPES if device == "cpu" else ((16, 320, 64, 64), (16, 640, 32, 32), (1, 128, 512, 512), *SHAPES):
+    liger = peers.liger_group_norm_silu(device, GROUPS, 1e-5)
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             for layout, memory_format in LAYOUTS.items():
                 torch._dynamo.reset()
                 forwards = {"ours": ours, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
                 both = {contender: with_backward(call) for contender, call in forwards.items()}
-                elements, size = torch.Size(shape).numel(), dtype.itemsize
+                elements, width = torch.Size(shape).numel(), dtype.itemsize
                 name = f"{str(dtype).removeprefix('torch.')} {list(shape)} {layout}"
 
                 def plain(shape=shape, dtype=dtype, memory_format=memory_format) -> list[torch.Tensor]:
@@ -57,14 +63,27 @@ def cases(device: str) -> Iterator[Case]:
                     x, weight, bias = plain()
                     return [x.requires_grad_(), weight, bias, torch.randn_like(x)]
 
-                moved = 2 * elements * size
-                for label, make, contenders, traffic, flops in (
-                    ("forward", plain, forwards, moved, 12 * elements),
-                    ("forward+backward", trained, both, moved + 3 * elements * size, 40 * elements),
-                    ("forward+backward, frozen", frozen, both, moved + 3 * elements * size, 36 * elements),
-                ):
+                moved = 2 * elements * width
+                more = moved + 3 * elements * width
+                for label, make, contenders, other, traffic, flops in (
+                    ("forward", plain, forwards, liger, moved, 12 * elements),
+                    ("forward+backward", trained, both, peers.wrapped(liger, with_backward), more, 40 * elements),
+                    # Its backward gives the gradients of weight and bias whether they are wanted or not.
+                    (
+                        "forward+backward, frozen", frozen, both, peers.wrapped(liger, with_backward), more,
+                        36 * elements,
+                    ),
+                ):  # fmt: skip
                     yield Case(
-                        "group_norm_silu", f"{label} {name}", make, contenders, traffic, flops, TOLERANCE[dtype], device
+                        "group_norm_silu",
+                        f"{label} {name}",
+                        make,
+                        contenders,
+                        traffic,
+                        flops,
+                        TOLERANCE[dtype],
+                        device,
+                        peers={peers.LIGER: other},
                     )
 
 

@@ -1,4 +1,4 @@
-"""layer_norm against F.layer_norm and torch.compile of it."""
+"""layer_norm against F.layer_norm, torch.compile of it, and Liger-Kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import layer_norm
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "unet"
-# Widths of Stable Diffusion's UNet, and CLIP ViT-L/14 (257 tokens of width 1024).
-SHAPES = ((2048, 320), (1024, 1280), (257, 1024))
+# Positions of 8 maps and widths of Stable Diffusion's UNet; 16 pictures in CLIP ViT-L/14 (257 tokens of width 1024).
+SHAPES = {"small": ((2048, 320),), "working": ((32768, 320), (8192, 640), (2048, 1280), (4112, 1024))}
 # F.layer_norm adds up the gradients of a bfloat16 weight and bias in bfloat16: 6e-2 from the exact ones, ours 3e-3.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
 
@@ -31,12 +32,13 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES if device == "cpu" else ((8192, 1280), *SHAPES):
+def cases(device: str, size: str) -> Iterator[Case]:
+    liger = peers.liger_layer_norm(device, 1e-5)
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             torch._dynamo.reset()
             forwards = {"ours": layer_norm, "F.layer_norm": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-            elements, size = shape[0] * shape[1], dtype.itemsize
+            elements, width = shape[0] * shape[1], dtype.itemsize
             name = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
             def plain(shape=shape, dtype=dtype) -> list[torch.Tensor]:
@@ -52,20 +54,22 @@ def cases(device: str) -> Iterator[Case]:
                 f"forward {name}",
                 plain,
                 forwards,
-                2 * elements * size,
+                2 * elements * width,
                 7 * elements,
                 TOLERANCE[dtype],
                 device,
+                peers={peers.LIGER: liger},
             )
             yield Case(
                 "layer_norm",
                 f"forward+backward {name}",
                 differentiable,
                 {contender: with_backward(call) for contender, call in forwards.items()},
-                (2 + 3) * elements * size,
+                (2 + 3) * elements * width,
                 25 * elements,
                 TOLERANCE[dtype],
                 device,
+                peers={peers.LIGER: peers.wrapped(liger, with_backward)},
             )
 
 

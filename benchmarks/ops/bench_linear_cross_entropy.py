@@ -1,8 +1,7 @@
-"""linear_cross_entropy against logits in float32 (eager and torch.compile) and, on CUDA, the fused losses installed."""
+"""linear_cross_entropy against logits in float32 (eager and torch.compile), Liger-Kernel and cut-cross-entropy."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import linear_cross_entropy
 
 FAMILY = "language"
-SHAPES = {"cpu": (2048, 512, 32000), "cuda": (8192, 4096, 32008)}  # tokens, width, vocabulary
+SHAPES = {"small": (1024, 512, 8192), "working": (8192, 4096, 32008)}  # tokens, width, vocabulary
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 IGNORED = -100
 
@@ -31,23 +31,10 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def peers() -> dict[str, Callable[..., torch.Tensor]]:
-    """Fused losses of other libraries, where they are installed."""
-    found: dict[str, Callable[..., torch.Tensor]] = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED)
-        found["liger-kernel"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as cut
-
-        found["cut-cross-entropy"] = partial(cut, ignore_index=IGNORED)
-    return found
-
-
-def make_inputs(device: str, dtype: torch.dtype, ignored: float = 0.0, weight_grad: bool = True) -> list[torch.Tensor]:
-    tokens, width, vocabulary = SHAPES[device]
+def make_inputs(
+    device: str, shape: tuple[int, int, int], dtype: torch.dtype, ignored: float = 0.0, weight_grad: bool = True
+) -> list[torch.Tensor]:
+    tokens, width, vocabulary = shape
     hidden = torch.randn(tokens, width, device=device).to(dtype)
     weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
@@ -55,8 +42,12 @@ def make_inputs(device: str, dtype: torch.dtype, ignored: float = 0.0, weight_gr
     return [hidden.requires_grad_(), weight.requires_grad_(weight_grad), targets]
 
 
-def cases(device: str) -> Iterator[Case]:
-    tokens, width, vocabulary = SHAPES[device]
+def cases(device: str, size: str) -> Iterator[Case]:
+    tokens, width, vocabulary = SHAPES[size]
+    others = {
+        peers.LIGER: peers.liger_linear_cross_entropy(device, IGNORED),
+        peers.CUT: peers.cut_linear_cross_entropy(device, IGNORED),
+    }
     for dtype, label, options in (
         (torch.bfloat16, "", {}),
         (torch.bfloat16, ", 75% ignored", {"ignored": 0.75}),
@@ -68,20 +59,20 @@ def cases(device: str) -> Iterator[Case]:
             "ours": linear_cross_entropy,
             "eager": eager,
             "torch.compile": torch.compile(eager, dynamic=False),
-            **(peers() if device == "cuda" else {}),
         }
         products = 3 if options.get("weight_grad", True) else 2
         elements = (tokens + (vocabulary if products == 3 else 0)) * width  # of the gradients
         yield Case(
             "linear_cross_entropy",
             f"forward+backward {str(dtype).removeprefix('torch.')} {[tokens, width, vocabulary]}{label}",
-            partial(make_inputs, device, dtype, **options),
+            partial(make_inputs, device, SHAPES[size], dtype, **options),
             {name: with_backward(call) for name, call in forwards.items()},
             bytes_moved=((tokens + vocabulary) * width + elements) * dtype.itemsize,
             flops=int(2 * products * tokens * width * vocabulary * (1 - options.get("ignored", 0.0))),
             relative_tolerance=TOLERANCE[dtype],
             device=device,
             memory=True,
+            peers={name: peers.wrapped(call, with_backward) for name, call in others.items()},
         )
 
 

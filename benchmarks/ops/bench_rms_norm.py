@@ -1,4 +1,4 @@
-"""rms_norm against eager LLaMA code, torch's F.rms_norm and torch.compile."""
+"""rms_norm against eager LLaMA code, torch's F.rms_norm, torch.compile and Liger-Kernel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import rms_norm
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "language"
-SHAPES = ((2048, 1024), (512, 4096), (64, 1024))
+SHAPES = {"small": ((2048, 1024),), "working": ((8192, 4096), (16384, 4096))}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -40,8 +41,9 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for shape in SHAPES if device == "cpu" else ((8192, 4096), *SHAPES):
+def cases(device: str, size: str) -> Iterator[Case]:
+    liger = peers.liger_rms_norm(device, 1e-6)
+    for shape in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             # Compiled per shape: torch.compile at its best, not its shape-generic form.
             torch._dynamo.reset()
@@ -51,7 +53,7 @@ def cases(device: str) -> Iterator[Case]:
                 "F.rms_norm": torch_rms_norm,
                 "torch.compile": torch.compile(eager, dynamic=False),
             }
-            elements, size = shape[0] * shape[1], dtype.itemsize
+            elements, width = shape[0] * shape[1], dtype.itemsize
             name = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
             def plain(shape=shape, dtype=dtype) -> list[torch.Tensor]:
@@ -66,13 +68,14 @@ def cases(device: str) -> Iterator[Case]:
                 f"forward {name}",
                 plain,
                 forwards,
-                2 * elements * size,
+                2 * elements * width,
                 4 * elements,
                 TOLERANCE[dtype],
                 device,
+                peers={peers.LIGER: liger},
             )
             both = {contender: with_backward(call) for contender, call in forwards.items()}
-            moved = (2 + 3) * elements * size
+            moved = (2 + 3) * elements * width
             yield Case(
                 "rms_norm",
                 f"forward+backward {name}",
@@ -82,6 +85,7 @@ def cases(device: str) -> Iterator[Case]:
                 14 * elements,
                 TOLERANCE[dtype],
                 device,
+                peers={peers.LIGER: peers.wrapped(liger, with_backward)},
             )
 
 

@@ -1,4 +1,4 @@
-"""rotary against transformers' apply_rotary_pos_emb, eager and compiled."""
+"""rotary against transformers' apply_rotary_pos_emb, eager and compiled, Liger-Kernel and flash-attn."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import rotary, rotary_tables
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "language"
-SHAPES = ((1, 16, 16, 2048, 64), (4, 8, 8, 512, 128), (1, 32, 8, 512, 128))  # B, Hq, Hk, T, D
+# B, Hq, Hk, T, D
+SHAPES = {
+    "small": ((1, 16, 16, 2048, 64), (1, 32, 8, 512, 128)),
+    "working": ((1, 32, 32, 8192, 128), (1, 32, 32, 16384, 128), (4, 32, 8, 2048, 128)),
+}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -34,8 +39,10 @@ def with_backward(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
-    for batch, q_heads, k_heads, tokens, width in SHAPES:
+def cases(device: str, size: str) -> Iterator[Case]:
+    others = {peers.LIGER: peers.liger_rotary(device), peers.FLASH: peers.flash_rotary(device)}
+    both_others = {name: peers.wrapped(call, with_backward) for name, call in others.items()}
+    for batch, q_heads, k_heads, tokens, width in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             torch._dynamo.reset()
             forwards = {
@@ -63,10 +70,14 @@ def cases(device: str) -> Iterator[Case]:
             name += "" if k_heads == q_heads else f", {k_heads} key heads"
             moved = 2 * elements * dtype.itemsize
             flops = 3 * elements
-            yield Case("rotary", f"forward {name}", plain, forwards, moved, flops, TOLERANCE[dtype], device)
+            tolerance = TOLERANCE[dtype]
+            label = f"forward {name}"
+            yield Case("rotary", label, plain, forwards, moved, flops, tolerance, device, peers=others)
             both = {contender: with_backward(call) for contender, call in forwards.items()}
             label = f"forward+backward {name}"
-            yield Case("rotary", label, differentiable, both, 2 * moved, 2 * flops, TOLERANCE[dtype], device)
+            yield Case(
+                "rotary", label, differentiable, both, 2 * moved, 2 * flops, tolerance, device, peers=both_others
+            )
 
 
 def boundary(device: str) -> dict[str, float]:

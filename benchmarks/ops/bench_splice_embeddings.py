@@ -15,6 +15,7 @@ from dreamkernels.ops.splice_embeddings.reference import splice_embeddings as ga
 DOCUMENTS, PICTURES, FEATURES_PER_PICTURE, QUERIES = 16, 40, 64, 64
 
 FAMILY = "language"
+SHAPES = {"small": (512,), "working": (4096,)}  # widths
 
 
 def layout(width_of_text: int = 100, seed: int = 0) -> tuple[list[list[tuple[int, int, int]]], torch.Tensor]:
@@ -82,11 +83,11 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, size: str) -> Iterator[Case]:
     documents, index = layout()
     index = index.to(device)
     length = len(index)
-    for width in (512, 4096) if device != "cpu" else (512, 1024):
+    for width in SHAPES[size]:
         for dtype in (torch.bfloat16, torch.float32):
             torch._dynamo.reset()
             forwards = {

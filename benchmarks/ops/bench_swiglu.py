@@ -1,4 +1,4 @@
-"""swiglu against eager PyTorch and torch.compile, on two tensors and on a packed one."""
+"""swiglu against eager PyTorch, torch.compile and Liger-Kernel, on two tensors and on a packed one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness import Case, cost_per_call_us
 from dreamkernels import swiglu, swiglu_packed
 from dreamkernels.ops.operator import OPERATORS
 
 FAMILY = "language"
-SHAPES = ((2048, 1024), (512, 4096), (64, 1024))
+SHAPES = {"small": ((2048, 1024),), "working": ((8192, 11008), (16384, 11008))}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -42,9 +43,9 @@ def with_backward(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return run
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, size: str) -> Iterator[Case]:
     for packed in (False, True):
-        for shape in SHAPES if device == "cpu" else ((8192, 11008), *SHAPES):
+        for shape in SHAPES[size]:
             for dtype in (torch.bfloat16, torch.float32):
                 yield from _cases(device, packed, shape, dtype)
 
@@ -57,6 +58,9 @@ def _cases(device: str, packed: bool, shape: tuple[int, int], dtype: torch.dtype
         "eager": definition,
         "torch.compile": torch.compile(definition, dynamic=False),
     }
+    liger = peers.liger_swiglu(device)
+    if packed:
+        liger = peers.wrapped(liger, lambda call: lambda gate_up: call(*gate_up.chunk(2, -1)))
     rows, width = shape
 
     def random(columns: int) -> torch.Tensor:
@@ -72,11 +76,13 @@ def _cases(device: str, packed: bool, shape: tuple[int, int], dtype: torch.dtype
     name = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
     elements = rows * width
     moved, flops = 3 * elements * dtype.itemsize, 5 * elements
-    yield Case(operator, f"forward {name}", plain, forwards, moved, flops, TOLERANCE[dtype], device)
+    others = {peers.LIGER: liger}
+    yield Case(operator, f"forward {name}", plain, forwards, moved, flops, TOLERANCE[dtype], device, peers=others)
     both = {contender: with_backward(call) for contender, call in forwards.items()}
     moved += 5 * elements * dtype.itemsize
     label = f"forward+backward {name}"
-    yield Case(operator, label, differentiable, both, moved, 15 * elements, TOLERANCE[dtype], device)
+    others = {peers.LIGER: peers.wrapped(liger, with_backward)}
+    yield Case(operator, label, differentiable, both, moved, 15 * elements, TOLERANCE[dtype], device, peers=others)
 
 
 def boundary(device: str) -> dict[str, float]:

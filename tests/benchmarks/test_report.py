@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.__main__ import main, run
-from benchmarks.harness import Case, matmul_gflops
+from benchmarks.__main__ import main
+from benchmarks.harness import Case
 from benchmarks.reporting.history import committed_versions, trends
 from benchmarks.reporting.records import load_record, parse_record
 from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
 from benchmarks.reporting.static import static_report
 from benchmarks.reporting.tables import markdown_text, microseconds, operator_table, times
+from benchmarks.running import run
 from tests.support.benchmark_records import make_record, scaled
 
 VOID = {"meta", "br", "img", "link"}
@@ -186,13 +187,14 @@ def test_what_a_run_records_is_what_the_report_reads(tmp_path, monkeypatch, caps
         flops=1000,
         relative_tolerance=0.0,
     )
-    module = SimpleNamespace(cases=lambda device: [case], boundary=lambda device: {"x + x": 1.25})
+    module = SimpleNamespace(cases=lambda device, size: [case], boundary=lambda device: {"x + x": 1.25})
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr("benchmarks.__main__.ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.__main__.chosen", lambda names: {"double": module})
-    monkeypatch.setattr("benchmarks.harness.matmul_gflops", lambda device: {"float32": 12.34})
+    monkeypatch.setattr("benchmarks.running.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.running.chosen", lambda names: {"double": module})
+    monkeypatch.setattr("benchmarks.timing.matmul_gflops", lambda device: {"float32": 12.34})
     threads = torch.get_num_threads()
-    run(argparse.Namespace(names=[], device="cpu", caches="warm", threads=threads, seconds=0.01, record="tiny"))
+    arguments = {"names": [], "device": "cpu", "size": "small", "caches": "warm", "threads": threads, "seconds": 0.01}
+    assert run(argparse.Namespace(**arguments, rounds=9, compile=True, record="tiny")) == 0
     record = load_record(tmp_path / "results" / "tiny.json")
     (read,) = record.cases
     assert (read.name, read.flops, read.bytes_moved) == ("double float32 [1000], warm caches", 1000, 8000)
@@ -204,12 +206,6 @@ def test_what_a_run_records_is_what_the_report_reads(tmp_path, monkeypatch, caps
     assert microseconds(read.contenders["ours"].minimum_us) in as_markdown(
         [make_section(tmp_path / "results/tiny.json")]
     )
-
-
-def test_measured_limits_are_operations_over_time(monkeypatch):
-    monkeypatch.setattr("benchmarks.harness._time_once", lambda call, inputs, device: 2.0)  # microseconds
-    limits = matmul_gflops("cpu", size=100)
-    assert limits == pytest.approx({"float32": 1000.0, "bfloat16": 1000.0})
 
 
 @pytest.mark.parametrize(
