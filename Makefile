@@ -2,7 +2,7 @@
 # make test       runs every test but the slow ones
 # make test-slow  runs those: models of the published size; about 14 GiB of memory
 # make lint       ruff and mypy
-# make bench      times the operators against PyTorch on this machine
+# make bench      times operators and models against PyTorch on this machine and writes a report (about ten minutes)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,6 +13,7 @@ TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 NATIVE  := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 OUT     ?= runs/digits
+BENCH   ?= runs/bench
 
 .PHONY: demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
@@ -38,7 +39,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(RUN) $(BIN)/python -m benchmarks run
+	$(RUN) $(BIN)/python -m benchmarks bench --out $(BENCH)
 
 clean:
 	rm -rf build *.egg-info dreamkernels/*.so
