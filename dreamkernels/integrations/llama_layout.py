@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dreamkernels.integrations.constant_prefix import ConstantPrefix
 from dreamkernels.integrations.report import patched_by_us
 from dreamkernels.nn import RMSNorm
 from dreamkernels.ops import rotary, swiglu
@@ -85,6 +86,17 @@ def attention_forward(
     return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
+def store_keys_and_values(
+    self: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor], prefix: ConstantPrefix
+) -> None:
+    """What an attention module hands to `prefix`, without the attention itself. x [1, T, hidden]."""
+    x = x.to(autocast_dtype(x))
+    key, value = (p(x).view(*x.shape[:-1], -1, self.head_dim) for p in (self.k_proj, self.v_proj))
+    key = key.transpose(1, 2)
+    _, key = rotate(key, key, *position_embeddings)
+    prefix.store(self.layer_idx, key[0].transpose(0, 1), value[0])
+
+
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     if cos.dtype != query.dtype:
         cos, sin = cos.float(), sin.float()
@@ -101,8 +113,17 @@ def decoder_layer_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Fuses the residual add after attention with the norm that follows it."""
+    """Fuses the residual add after attention with the norm that follows it.
+
+    Of the positions of a constant prefix the last layer computes keys and values only; its result is not read.
+    """
     residual = hidden_states
+    prefix = kwargs.get("constant_prefix")
+    attention = self.self_attn
+    if prefix is not None and prefix.ends_at(attention.layer_idx) and patched_by_us(attention):
+        assert position_embeddings is not None
+        store_keys_and_values(attention, self.input_layernorm(hidden_states), position_embeddings, prefix)
+        return hidden_states
     hidden_states, _ = self.self_attn(
         hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,

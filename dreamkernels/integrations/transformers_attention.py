@@ -32,10 +32,11 @@ except ImportError as error:
         "dreamkernels.integrations.transformers_attention needs transformers 5: pip install 'dreamkernels[dreamllm]'"
     ) from error
 
+from dreamkernels.integrations.constant_prefix import ConstantPrefix
 from dreamkernels.ops import attention
 from dreamkernels.ops.operator import FLOAT_DTYPES, FallbackWarning
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "no_mask", "register"]
+__all__ = ["NAME", "ConstantPrefix", "attention_forward", "attention_mask", "no_mask", "register"]
 
 NAME = "dreamkernels"
 
@@ -112,12 +113,14 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    constant_prefix: ConstantPrefix | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, L_q, D], key and value [B, H_kv, L_k, D] -> [B, L_q, H, D].
 
-    With cu_seq_lens_* (int32 [N + 1]) the batch is one pack and `attention_mask` is not read.
-    Raises ValueError when packed sequences come with dropout, or with more than one row.
+    With cu_seq_lens_* (int32 [N + 1]) the batch is one pack and `attention_mask` is not read. `constant_prefix` takes
+    the keys and values of packed sequences, or puts its own before them, see `constant_prefix.py`.
+    Raises ValueError when packed sequences come with dropout, or with more than one row, and for a prefix without them.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     packed = cu_seq_lens_q is not None
@@ -128,6 +131,14 @@ def attention_forward(
         if query.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q packs sequences into one row; the batch has {query.shape[0]}")
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        constant: int | Tensor = 0
+        if constant_prefix is not None:
+            layer: Any = module.layer_idx
+            if constant_prefix.complete:
+                k, v = constant_prefix.extend(layer, k, v)
+                constant = constant_prefix.lengths
+            else:
+                constant_prefix.store(layer, k, v)
         out = attention(
             q,
             k,
@@ -136,12 +147,15 @@ def attention_forward(
             cu_seq_lens_k,
             max_length_q,
             max_length_k,
-            causal,
-            scaling,
-            sliding_window,
-            softcap,
+            causal=causal,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            constant_kv_prefix=constant,
         )
         return out[None], None
+    if constant_prefix is not None:
+        raise ValueError("constant_prefix belongs to packed sequences: give cu_seq_lens_q and cu_seq_lens_k")
     if reason:
         if not torch.compiler.is_compiling():
             _warn_once(reason)

@@ -41,6 +41,8 @@ class PackedBatch:
       not scaled. `target_pixel_values` then holds only the pictures whose moments are not known (None: all are), and
       `unknown_moments`, int64 [pictures], their rows.
     - `null_positions`: int64 [Q], the queries of the appended empty prompt, or None when there is none.
+    - `query_spans`: for each sequence with dream queries, on the host: its first position, its first query, and the
+      position behind its last query.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +61,7 @@ class PackedBatch:
     unknown_moments: torch.Tensor | None = None
     null_positions: torch.Tensor | None = None
     names: tuple[str, ...] = ()
+    query_spans: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -136,6 +139,7 @@ def pack_batch(
         unknown_moments=unknown,
         null_positions=torch.from_numpy(offsets[-2] + 2 + queries) if with_null else None,
         names=tuple(s.name for s in documents),
+        query_spans=_query_spans(sequences, offsets, layout),
     )
 
 
@@ -179,6 +183,15 @@ def _load(sources: Sequence[PictureSource]) -> list[Image.Image]:
 def _absolute(starts: Sequence[Sequence[int]], offsets: np.ndarray) -> np.ndarray:
     shifted = [np.asarray(s, dtype=np.int64) + offset for s, offset in zip(starts, offsets, strict=False)]
     return np.concatenate(shifted) if shifted else np.zeros(0, dtype=np.int64)
+
+
+def _query_spans(
+    sequences: Sequence[EncodedDocument], offsets: np.ndarray, layout: SequenceLayout
+) -> tuple[tuple[int, int, int], ...]:
+    with_queries = [
+        (s.dream_starts, int(start)) for s, start in zip(sequences, offsets, strict=False) if s.dream_starts
+    ]
+    return tuple((o, o + starts[0], o + starts[-1] + layout.num_dream_queries) for starts, o in with_queries)
 
 
 def _splice_index(

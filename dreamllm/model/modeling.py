@@ -26,13 +26,14 @@ from dreamkernels.integrations.transformers import Report, optimize
 from dreamkernels.integrations.transformers_attention import no_mask
 from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
-from dreamllm.documents.layout import IGNORE_INDEX
+from dreamllm.model import padded
 from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkernels_attention
 from dreamllm.model.codec import build_codec, encode_moments, encode_pictures, sample_moments
 from dreamllm.model.configuration import DreamLLMConfig
+from dreamllm.model.creation import CreationSplit, Packing, dependent_states, why_not_split
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
 from dreamllm.model.projector import Projector
-from dreamllm.model.slots import SlotIndex, find_slots
+from dreamllm.model.slots import find_slots
 from dreamllm.model.weights import CheckpointError
 
 QUERY_INIT_STD = 0.02
@@ -53,7 +54,7 @@ PARAMETER_GROUPS = (
 
 @dataclass
 class DreamLLMOutput(ModelOutput):
-    """`loss` and its parts (float32 scalars), `logits` [B, T, vocabulary], `past_key_values`.
+    """`loss` and its parts (float32 scalars; None where not computed), `logits` [B, T, vocabulary], `past_key_values`.
 
     `num_loss_tokens` and `num_pictures` count what the two losses average over.
     """
@@ -252,21 +253,37 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
         embeds_TH = self.embed(batch.input_ids, batch.splice_index, features)
         if self.packs_attention:
-            states = self.decoder(
-                inputs_embeds=embeds_TH[None],
-                attention_mask=no_mask(embeds_TH),
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                cu_seq_lens_q=batch.cu_seqlens,
-                cu_seq_lens_k=batch.cu_seqlens,
-                max_length_q=batch.max_seqlen,
-                max_length_k=batch.max_seqlen,
-            )
-            return states.last_hidden_state[0]
+            return self.decode_packed(embeds_TH, batch.position_ids, batch, batch)
         # Causality keeps the grid's padding out.
         layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
         states = self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False)
         return layout.scatter(states.last_hidden_state)
+
+    def decode_packed(
+        self, embeds_TH: Tensor, position_ids: Tensor, queries: Packing, keys: Packing, **options: Any
+    ) -> Tensor:
+        """Final states [T, H] of packed embeddings. `queries` and `keys` are the lengths of the sequences themselves
+        and of what they attend to; `options` go to the attention."""
+        states = self.decoder(
+            inputs_embeds=embeds_TH[None],
+            attention_mask=no_mask(embeds_TH),
+            position_ids=position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=queries.cu_seqlens,
+            cu_seq_lens_k=keys.cu_seqlens,
+            max_length_q=queries.max_seqlen,
+            max_length_k=keys.max_seqlen,
+            **options,
+        )
+        return states.last_hidden_state[0]
+
+    def why_not_split(self, batch: PackedBatch) -> str:
+        """Why `forward_packed` runs the whole of `batch` with autograd, or "".
+
+        With a frozen language model whose own loss does not count, only the dream queries need it (`creation.py`). The
+        answer depends on what `set_trainable` chose, on the loss weights, and on the batch.
+        """
+        return why_not_split(self, batch)
 
     def forward_packed(
         self,
@@ -277,18 +294,25 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
     ) -> DreamLLMOutput:
         """Losses of a packed batch, without logits and without a host synchronisation.
 
-        `generator` draws the diffusion's random numbers; `draws` and `target_latents` (scaled, [M, C, h, w]; default:
-        those of the batch, if it has any) replace them. Raises `ValueError` when the dream slots do not match the
-        target pictures.
+        A language loss whose weight is 0 is not computed: `lm_loss` is None. What does not need autograd then runs
+        without, see `why_not_split`. `generator` draws the diffusion's random numbers; `draws` and `target_latents`
+        (scaled, [M, C, h, w]; default: those of the batch, if it has any) replace them. Raises `ValueError` when the
+        dream slots do not match the target pictures.
         """
-        states_TH = self.states_packed(batch)
-        lm_loss = self._lm_loss(states_TH[batch.loss_positions], batch.loss_targets)
-        vm_loss = None
-        count = batch.dream_positions.shape[0]
+        if self.why_not_split(batch):
+            states, dream, null = self.states_packed(batch), batch.dream_positions, batch.null_positions
+        else:
+            split = CreationSplit.of(batch)
+            states, dream = dependent_states(self, batch, split), split.row_of[batch.dream_positions]
+            null = None if batch.null_positions is None else split.row_of[batch.null_positions]
+        lm_loss = vm_loss = None
+        if self.config.loss_weight_lm:
+            lm_loss = self._lm_loss(states[batch.loss_positions], batch.loss_targets)
+        count = dream.shape[0]
         if count:
-            null_QH = None if batch.null_positions is None else states_TH[batch.null_positions]
+            null_QH = None if null is None else states[null]
             latents = self._packed_latents(batch, target_latents, generator)
-            vm_loss = self._vm_loss(states_TH[batch.dream_positions], latents, null_QH, generator, draws)
+            vm_loss = self._vm_loss(states[dream], latents, null_QH, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),
             lm_loss=lm_loss,
@@ -418,15 +442,15 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("input_ids or inputs_embeds must be given")
-            self._check_ids(input_ids, past_key_values)
-            slots = find_slots(input_ids, self.layout, past_key_values is None or _is_empty(past_key_values))
+            padded.check_ids(self, input_ids, past_key_values)
+            slots = find_slots(input_ids, self.layout, padded.is_first_call(past_key_values))
             if slots is not None:
                 with_targets = target_pixel_values is not None or target_latents is not None
-                inputs_embeds = self._embed_slots(input_ids, slots, pixel_values, with_targets)
+                inputs_embeds = padded.embed_slots(self, input_ids, slots, pixel_values, with_targets)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             given = input_ids if inputs_embeds is None else inputs_embeds
             assert given is not None
-            position_ids = self._positions(attention_mask, given.shape[1])
+            position_ids = padded.positions(self, attention_mask, given.shape[1])
         outputs = self.decoder(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
@@ -439,10 +463,11 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         states_BTH = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.get_output_embeddings()(states_BTH[:, kept])
-        lm_loss = None if labels is None else self._padded_lm_loss(states_BTH, labels)
+        lm_loss = None if labels is None else padded.lm_loss(self, states_BTH, labels)
         vm_loss = None
         if target_pixel_values is not None or target_latents is not None:
-            vm_loss = self._padded_vm_loss(states_BTH, slots, target_pixel_values, target_latents, generator, draws)
+            targets = target_pixel_values, target_latents
+            vm_loss = padded.vm_loss(self, states_BTH, slots, targets, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),
             logits=logits,
@@ -452,82 +477,13 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             hidden_states=states_BTH if kwargs.get("output_hidden_states") else None,
         )
 
-    def _check_ids(self, input_ids: Tensor, past_key_values: Any) -> None:
-        length = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
-        if length > self.layout.max_length:
-            raise ValueError(f"{length} tokens exceed the context of {self.layout.max_length}")
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input ids must lie in [0, {self.config.vocab_size}); found {low.item()} to {high.item()}"
-                )
-
-    def _embed_slots(
-        self, input_ids: Tensor, slots: SlotIndex, pixel_values: Tensor | None, with_targets: bool
-    ) -> Tensor:
-        found = 0 if pixel_values is None else pixel_values.shape[0]
-        original = self.config.compat == "original"
-        if slots.num_images != found and not (original and found < slots.num_images):
-            raise ValueError(f"{slots.num_images} image slots but {found} pictures; they must match one to one")
-        features = None if pixel_values is None else self.encode_images(pixel_values)
-        index = slots.splice_index(
-            images=found,
-            queries=with_targets or not original,  # the original leaves the queries out unless targets are given
-        )
-        return self.embed(input_ids.flatten(), index, features).unflatten(0, input_ids.shape)
-
-    def _positions(self, attention_mask: Tensor, length: int) -> Tensor | None:
-        if self.config.compat == "original":
-            return None
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-
-    def _padded_lm_loss(self, states_BTH: Tensor, labels: Tensor) -> Tensor:
-        targets = labels[:, 1:]
-        learned = targets != IGNORE_INDEX
-        return self._lm_loss(states_BTH[:, :-1][learned], targets[learned])
-
-    def _padded_vm_loss(
-        self,
-        states_BTH: Tensor,
-        slots: SlotIndex | None,
-        pixels: Tensor | None,
-        latents: Tensor | None,
-        generator: torch.Generator | None,
-        draws: DiffusionDraws | None,
-    ) -> Tensor:
-        if slots is None:
-            raise ValueError("target pictures need input_ids, so that their dream slots can be found")
-        positions = slots.dream_positions()
-        given = latents if latents is not None else pixels
-        if self.config.compat == "original" and given is not None:  # surplus slots are silently dropped there
-            positions = positions[: given.shape[0]]
-        latents = self._latents(pixels, latents, positions.shape[0], generator)
-        needs_null = self.config.condition_dropout > 0 or (draws is not None and draws.keep_condition is not None)
-        null_QH = self._null_states() if needs_null else None
-        return self._vm_loss(states_BTH.flatten(0, 1)[positions], latents, null_QH, generator, draws)
-
-    def _null_states(self) -> Tensor:
-        """States at the dream queries after the empty prompt, [Q, H]."""
-        layout = self.layout
-        ids = torch.tensor([layout.bos, *layout.dream_ids(), layout.eos], device=self.device)
-        index = torch.full_like(ids, -1)
-        if self.config.compat != "original":  # the original forgets to place the queries here
-            index[2:-2] = torch.arange(layout.num_dream_queries, device=self.device)
-        states = self.decoder(inputs_embeds=self.embed(ids, index, None)[None], use_cache=False).last_hidden_state
-        return states[0, 2:-2]
-
     # -- generation ------------------------------------------------------------
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict:
-        first = past_key_values is None or _is_empty(past_key_values)
+        first = padded.is_first_call(past_key_values)
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         inputs["pixel_values"] = kwargs.get("pixel_values") if first else None
         return inputs
-
-
-def _is_empty(past_key_values: Any) -> bool:
-    return past_key_values.get_seq_length() == 0
 
 
 AutoConfig.register(DreamLLMConfig.model_type, DreamLLMConfig, exist_ok=True)

@@ -73,11 +73,14 @@ class FlopCounter:
     """Floating-point operations of calls; a multiplication and an addition are two.
 
     `lengths`: of the sequences in the packed batch, because attention's cost depends on them and not on tensor shapes.
+    `query_spans`: of that batch, for the passes over the positions before its queries and over these (`creation.py`).
     Causal attention counts the pairs that it needs, about half of the square.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = tuple(lengths)
+    def __init__(self, lengths: Sequence[int], query_spans: Sequence[tuple[int, int, int]] = ()) -> None:
+        before = [(first - start, first - start) for start, first, _ in query_spans]
+        queries = [(end - first, end - start) for start, first, end in query_spans]
+        self._sequences = {_totals(pack): pack for pack in (before, queries, [(n, n) for n in lengths])}
 
     def count(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
         name = function._schema.name
@@ -107,12 +110,17 @@ class FlopCounter:
         """Of one of its products of queries and keys."""
         q, k = values["q"], values["k"]
         if q.dim() == 3:
-            pairs = sum(n * (n + 1) // 2 if values["causal"] else n * n for n in self.lengths)
+            sequences = self._sequences[q.shape[0], k.shape[0]]
+            pairs = sum(n * m - (n * (n - 1) // 2 if values["causal"] else 0) for n, m in sequences)
             return 2 * pairs * q.shape[1] * q.shape[2]
         batch, queries, heads, width = q.shape
         keys = k.shape[1]
         pairs = queries * keys - (queries * (queries - 1) // 2 if values["causal"] else 0)
         return 2 * batch * heads * width * pairs
+
+
+def _totals(sequences: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(n for n, _ in sequences), sum(m for _, m in sequences)
 
 
 def _named(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,14 @@ class Operator:
 class Recorder(TorchDispatchMode):
     """Records the operators that run while it is entered.
 
-    tracker: says where the step is. lengths: of the packed sequences. timed: measures each call, on CUDA with events.
-    Works on real tensors and on fake ones, which have shapes but no values.
+    tracker: says where the step is. flops: counts the operations of a call. timed: measures each call, on CUDA with
+    events. Works on real tensors and on fake ones, which have shapes but no values.
     """
 
-    def __init__(self, tracker: PartTracker, lengths: Sequence[int], timed: bool = False) -> None:
+    def __init__(self, tracker: PartTracker, flops: FlopCounter, timed: bool = False) -> None:
         super().__init__()
         self.tracker, self.timed = tracker, timed
-        self.flops = FlopCounter(lengths)
+        self.flops = flops
         self.memory = LiveMemory()
         self._operators: dict[tuple[str, str, str], Operator] = {}
         self._events: list[tuple[Operator, torch.cuda.Event, torch.cuda.Event]] = []

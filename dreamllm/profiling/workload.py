@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreamllm.documents import PackedBatch
 from dreamllm.model import DreamLLM
-from dreamllm.profiling.operators import tensors_in
+from dreamllm.profiling.operators import FlopCounter, tensors_in
 from dreamllm.profiling.parts import PartTracker
 from dreamllm.profiling.recorder import LiveMemory, Operator, Recorder
 from dreamllm.training.configuration import StageConfig
@@ -65,7 +65,7 @@ class PreparedStep:
     def record(self, batch: PackedBatch, lengths: list[int], timed: bool) -> Recording:
         """Runs one step on `batch`, whose sequences have `lengths`, and records it."""
         with self.mode, PartTracker(self.model) as tracker:
-            recorder = Recorder(tracker, lengths, timed)
+            recorder = Recorder(tracker, FlopCounter(lengths, batch.query_spans), timed)
             held = self._hold(recorder.memory, batch)
             with recorder:
                 self.run([batch])

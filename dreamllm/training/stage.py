@@ -137,7 +137,10 @@ class StageTrainer:
         self.done += 1
         self.elapsed = time.monotonic() - self.clock
         bad = sum(not problem.kept for loaded in micro_batches for problem in loaded.problems)
-        self.readback.add(self.done, self.elapsed, rate, replace(count(batches), bad=bad), losses)
+        counts = replace(count(batches), bad=bad)
+        if not self.stage.weights[0]:  # the language loss is not computed
+            counts = replace(counts, targets=0)
+        self.readback.add(self.done, self.elapsed, rate, counts, losses)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.settings.precision == "float32":

@@ -73,9 +73,8 @@ def train_step(
     for batch in batches:
         with autocast:
             output = model.forward_packed(batch, generator)
-        assert output.lm_loss is not None
-        lm = output.lm_loss * (batch.loss_targets.numel() / max(1, counts.targets))
-        vm = output.vm_loss
+        lm, vm = output.lm_loss, output.vm_loss  # one that was not computed counts as 0
+        lm = sums.new_zeros(()) if lm is None else lm * (batch.loss_targets.numel() / max(1, counts.targets))
         vm = lm.new_zeros(()) if vm is None else vm * (batch.dream_positions.shape[0] / counts.pictures)
         # A loss of weight zero is left out, not multiplied: zero times infinity would poison the rest.
         total = torch.stack([lm.new_zeros(()), *(w * part for w, part in ((w_lm, lm), (w_vm, vm)) if w)]).sum()

@@ -11,6 +11,7 @@ from dreamllm.documents import pair
 from dreamllm.model import PARAMETER_GROUPS, DiffusionDraws
 from dreamllm.model.codec import encode_moments, encode_pictures
 from dreamllm.model.diffusion import NoiseSchedule, diffusion_loss, draw_diffusion
+from dreamllm.model.padded import null_states
 from tests.tiny import NUM_QUERIES, random_picture, tiny_model
 
 PICTURES = 3
@@ -138,9 +139,9 @@ def test_null_sequence_is_the_empty_prompt_used_at_inference(tmp_path):
     batch = processor.pack(encoded_pairs(processor, "creation"), with_null=True)
     with torch.no_grad():
         packed = model.states_packed(batch)[batch.null_positions]
-        alone = model._null_states()
+        alone = null_states(model)
         model.config.compat = "original"
-        without_queries = model._null_states()
+        without_queries = null_states(model)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
     assert (without_queries - alone).abs().max() > 0.01
 

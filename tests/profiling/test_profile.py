@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamkernels import attention, linear_cross_entropy
 from dreamllm.cli import main
 from dreamllm.profiling import as_fake, prepare, profile_workload
-from dreamllm.profiling.operators import kind_of
+from dreamllm.profiling.operators import FlopCounter, kind_of
 from dreamllm.profiling.parts import PARTS, PartTracker
 from dreamllm.profiling.profile import _typical
 from dreamllm.profiling.recorder import Operator, Recorder
@@ -58,7 +58,7 @@ def test_operations_are_those_that_torch_counts(part):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as expected:
             called()
-        with PartTracker(model) as tracker, Recorder(tracker, []) as recorder:
+        with PartTracker(model) as tracker, Recorder(tracker, FlopCounter([])) as recorder:
             called()
     found = sum(operator.flops * operator.calls for operator in recorder.operators)
     assert found == expected.get_total_flops() > 0
@@ -66,7 +66,7 @@ def test_operations_are_those_that_torch_counts(part):
 
 def counted(call, lengths=()) -> int:
     model = make_model("tiny")
-    with PartTracker(model) as tracker, Recorder(tracker, lengths) as recorder:
+    with PartTracker(model) as tracker, Recorder(tracker, FlopCounter(lengths)) as recorder:
         call()
     return sum(operator.flops * operator.calls for operator in recorder.operators)
 
