@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from dreamkernels.version import __version__
 from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
+from dreamllm.monitoring.command import report
 from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes import RECIPES
@@ -42,7 +43,7 @@ class Group:
 COMMANDS: dict[str, Command | Group] = {
     "train": Group(
         "Trains a DreamLLM by a recipe. Rerun the same command to resume.",
-        {name: Command(recipe.run) for name, recipe in RECIPES.items()},
+        {**{name: Command(recipe.run) for name, recipe in RECIPES.items()}, "report": Command(report, ("run",))},
     ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreamllm.cli import main
 from dreamllm.inference import Assistant, Engine, GenerationOptions
 from dreamllm.monitoring import Sample, SampleSettings, SampleWriter, TensorBoard, read_samples, write_run_page
 from dreamllm.monitoring.loggers import scalars
@@ -180,3 +181,12 @@ def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         TensorBoard(tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    run = write_run(tmp_path, [line("one", 40)])
+    main(["train", "report", str(run)])
+    assert capsys.readouterr().out.split() == ["wrote", str(run / "run.html")]
+    with pytest.raises(SystemExit):
+        main(["train", "report", str(tmp_path / "nowhere")])
+    assert "nowhere is not the folder of a run" in capsys.readouterr().err
