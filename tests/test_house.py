@@ -64,7 +64,14 @@ def test_dreamkernels_knows_nothing_of_dreamllm(path):
     "path", [p for p in PYTHON_FILES if "dreamllm" in p.parts], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_dreamllm_uses_only_the_public_side_of_dreamkernels(path):
-    integrations = ("transformers", "transformers_attention", "diffusers", "diffusers_attention")
+    integrations = (
+        "transformers",
+        "transformers_attention",
+        "diffusers",
+        "diffusers_attention",
+        "decoding",
+        "paged_cache",
+    )
     parts = ("ops", "nn", *(f"integrations.{name}" for name in integrations), "version", "packing")
     public = {"dreamkernels", *(f"dreamkernels.{part}" for part in parts)}
     used = {m for m in imported_modules(path) if m.split(".")[0] == "dreamkernels"}

@@ -1,0 +1,169 @@
+"""The decoder over the cache computes what transformers' decoder computes."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from dreamkernels.integrations.decoding import CachedDecoder
+from dreamkernels.integrations.transformers import optimize
+
+SHAPE = dict(  # noqa: C408
+    vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=3, max_position_embeddings=512, initializer_range=0.2,
+)  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, biased, scaled positions": LlamaConfig(
+        **SHAPE, attention_bias=True, mlp_bias=True,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    ),
+    "qwen2": Qwen2Config(**SHAPE),
+    "mistral, window": MistralConfig(**SHAPE, sliding_window=9),
+}  # fmt: skip
+
+
+def build(config, dtype=torch.float32, fused=True, trained=False, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype).requires_grad_(trained)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    if fused:
+        optimize(model)
+    return model
+
+
+@torch.no_grad()
+def expected(model, embeds):
+    return model.get_decoder()(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
+
+
+def pieces_of(*lengths, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, SHAPE["hidden_size"], generator=generator).to(dtype) for n in lengths]
+
+
+ROUNDS = [(7, 1, 140), (1, 1, 1), (5, 5, 5), (1, 3, 130), (1, 1, 2), (129, 129, 129), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("build_options", [{}, {"fused": False}, {"trained": True}], ids=["", "stock", "trained"])
+def test_pieces_of_any_lengths(config, build_options):
+    """Single positions, equal and unequal pieces, short and longer than decode_attention takes, each row on its own."""
+    model = build(config, **build_options)
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    cache = decoder.new_cache()
+    sequences = [cache.new() for _ in range(3)]
+    seen = [torch.zeros(0, SHAPE["hidden_size"])] * 3
+    for number, counts in enumerate(ROUNDS):
+        pieces = pieces_of(*counts, seed=number)
+        states = decoder.advance(cache, sequences, counts, torch.cat(pieces)).split(counts)
+        seen = [torch.cat(pair) for pair in zip(seen, pieces, strict=True)]
+        for got, whole in zip(states, seen, strict=True):
+            torch.testing.assert_close(got, expected(model, whole)[-len(got) :], rtol=2e-4, atol=2e-4)
+
+
+def test_bfloat16_is_as_exact_as_transformers():
+    model = build(CONFIGS["llama"], torch.bfloat16)
+    truth = build(CONFIGS["llama"], fused=False)
+    truth.load_state_dict(model.state_dict())
+    truth = truth.double()
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for seed in range(5):
+        cache = decoder.new_cache()
+        (piece,) = pieces_of(40, dtype=torch.bfloat16, seed=seed)
+        sequence, counts = cache.new(), [30, 1, 9]
+        ours = [decoder.advance(cache, [sequence], [len(part)], part) for part in piece.split(counts)]
+        exact = expected(truth, piece.double())
+        for name, states in (("ours", torch.cat(ours)), ("theirs", expected(model, piece))):
+            errors[name] = max(errors[name], (states.double() - exact).abs().max().item())
+    assert errors["ours"] <= 2 * errors["theirs"]
+
+
+def test_forks_of_a_prompt_equal_prompts_of_their_own():
+    model = build(CONFIGS["llama"])
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    cache = decoder.new_cache()
+    prompt, *tails = pieces_of(21, 3, 3, 3)
+    origin = cache.new()
+    decoder.advance(cache, [origin], [21], prompt)
+    forks = [cache.fork(origin) for _ in tails]
+    states = [decoder.advance(cache, forks, [1] * 3, torch.stack([tail[i] for tail in tails])) for i in range(3)]
+    for row, tail in enumerate(tails):
+        whole = expected(model, torch.cat([prompt, tail]))[-3:]
+        torch.testing.assert_close(torch.stack([s[row] for s in states]), whole, rtol=2e-4, atol=2e-4)
+
+
+def test_only_wanted_states_are_returned():
+    model = build(CONFIGS["llama"])
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    pieces = pieces_of(4, 6)
+    everything, some = [
+        decoder.advance(cache, [cache.new(), cache.new()], [4, 6], torch.cat(pieces), wanted)
+        for wanted in (None, torch.tensor([3, 9, 5]))
+        for cache in [decoder.new_cache()]
+    ]
+    torch.testing.assert_close(some, everything[[3, 9, 5]], rtol=1e-5, atol=1e-5)
+
+
+def test_changed_weights_are_noticed():
+    model = build(CONFIGS["llama"])
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    (piece,) = pieces_of(9)
+
+    def run():
+        cache = decoder.new_cache()
+        return decoder.advance(cache, [cache.new()], [9], piece)
+
+    before = run()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+        model.model.layers[2].mlp.down_proj.weight.mul_(0.5)
+    after = run()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected(model, piece), rtol=2e-4, atol=2e-4)
+
+
+def test_hooks_on_projections_run():
+    model = build(CONFIGS["llama"])
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    decoder = CachedDecoder(model.get_decoder(), 512)
+    cache = decoder.new_cache()
+    decoder.advance(cache, [cache.new()], [2], pieces_of(2)[0])
+    assert seen == [1]
+
+
+def test_a_model_keeps_its_decoder_while_it_fits():
+    model = build(CONFIGS["llama"])
+    first = CachedDecoder.of(model.get_decoder(), 512)
+    assert CachedDecoder.of(model.get_decoder(), 512) is first
+    assert CachedDecoder.of(model.get_decoder(), 512, pack_weights=False) is not first
+    model.requires_grad_(True)
+    assert CachedDecoder.of(model.get_decoder(), 512) is not first
+
+
+def test_a_kept_decoder_ends_with_its_model():
+    model = build(CONFIGS["llama"])
+    reference = weakref.ref(CachedDecoder.of(model.get_decoder(), 512))
+    assert reference() is not None
+    copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_other_layouts_are_refused():
+    shape = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
+    with pytest.raises(ValueError, match="GPTNeoXModel cannot be decoded here: GPTNeoXModel has no norm"):
+        CachedDecoder(build(GPTNeoXConfig(**shape), fused=False).get_decoder(), 512)
+    dynamic = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match="rotary embedding 'dynamic' depends on the length"):
+        CachedDecoder(build(dynamic).get_decoder(), 512)
+    with pytest.raises(ValueError, match="its activation is gelu, not silu"):
+        CachedDecoder(build(LlamaConfig(**SHAPE, hidden_act="gelu")).get_decoder(), 512)
