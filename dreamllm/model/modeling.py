@@ -485,6 +485,21 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         inputs["pixel_values"] = kwargs.get("pixel_values") if first else None
         return inputs
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats rows for beams; the pictures of a row stay together and in order."""
+        pictures = kwargs.pop("pixel_values", None)
+        if pictures is not None and input_ids is not None and expand_size > 1:
+            slots = find_slots(input_ids, self.layout, first_call=True)
+            assert slots is not None
+            rows = torch.bincount(slots.image_starts // input_ids.shape[1], minlength=input_ids.shape[0])
+            pictures = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pictures.split(rows.tolist())])
+        expanded, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return expanded, kwargs if pictures is None else {**kwargs, "pixel_values": pictures}
+
 
 AutoConfig.register(DreamLLMConfig.model_type, DreamLLMConfig, exist_ok=True)
 AutoModel.register(DreamLLMConfig, DreamLLM, exist_ok=True)
