@@ -124,6 +124,7 @@ def captioning_case(size: str, num_beams: int = 1, new_tokens: int = 32, compile
     """One picture and a question -> `new_tokens` tokens, greedily or with beams."""
     processor = make_processor(size)
     ours = make_model(size).eval()
+    ours.requires_grad_(False)  # as `dreamllm.inference.load` does
     document = SyntheticDocuments("picture prompt", size, 1)[0]
     engine = Engine(ours, processor)
     batch = processor.pad([processor.encode(document)])
@@ -134,9 +135,7 @@ def captioning_case(size: str, num_beams: int = 1, new_tokens: int = 32, compile
         patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
 
     def our_tokens() -> Tensor:
-        if num_beams == 1:
-            return _answer(engine, document, new_tokens)
-        return _beams(ours, batch, never, num_beams, new_tokens)
+        return _answer(engine, document, new_tokens, num_beams)
 
     contenders: dict[str, Call] = {OURS: our_tokens}
     for name, pattern in patterns.items():
@@ -154,24 +153,11 @@ def captioning_case(size: str, num_beams: int = 1, new_tokens: int = 32, compile
     )
 
 
-def _answer(engine: Engine, document: Document, new_tokens: int) -> Tensor:
-    answer = engine.answer(document, GenerationOptions(max_new_tokens=new_tokens, pictures="forbid"))
-    assert answer.stopped == "length", "the random model ended its answer early; take another seed"
-    return torch.tensor(answer.token_ids)
-
-
-def _beams(model: DreamLLM, batch: dict[str, Tensor], never: list[int], num_beams: int, new_tokens: int) -> Tensor:
-    ids = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        pixel_values=batch["pixel_values"],
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        suppress_tokens=never,
+def _answer(engine: Engine, document: Document, new_tokens: int, num_beams: int) -> Tensor:
+    options = GenerationOptions(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid", num_beams=num_beams
     )
-    return ids[0, batch["input_ids"].shape[1] :]
+    return torch.tensor(engine.answer(document, options).token_ids)
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------

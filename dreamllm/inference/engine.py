@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamkernels.integrations.decoding import CachedDecoder
+from dreamkernels.integrations.paged_cache import KeyValueCache
 from dreamllm.documents import SPECIAL_TOKENS, Document, EncodedDocument, End, Part, Picture, Text, load_picture
 from dreamllm.documents.batch import check_encoded
+from dreamllm.inference.beams import BeamSearch
 from dreamllm.inference.drawing import (
     DrawingOptions,
     Progress,
@@ -23,7 +26,7 @@ from dreamllm.inference.drawing import (
 from dreamllm.inference.options import Answer, GenerationOptions, Stopped
 from dreamllm.inference.rows import Rows
 from dreamllm.inference.sampler import draw
-from dreamllm.inference.sampling import choose_token
+from dreamllm.inference.sampling import choose_token, penalise
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.model.slots import find_slots
 
@@ -40,6 +43,7 @@ class _Request:
     options: GenerationOptions
     drawing: DrawingOptions
     seed: int
+    prompt: Sequence[int]
     length: int
     last: Tensor
     generator: torch.Generator
@@ -55,10 +59,13 @@ class _Request:
 class Engine:
     """Answers prompts with one model. Requests given together share passes; no answer depends on the others.
 
-    `batch_size`: prompts that advance together. More prompts are answered batch after batch.
+    `batch_size`: prompts that advance together. More prompts are answered batch after batch. `pack_weights`: as in
+    `CachedDecoder`. Raises `ValueError` for a language model that has not LLaMA's layout.
     """
 
-    def __init__(self, model: DreamLLM, processor: DreamLLMProcessor, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: DreamLLM, processor: DreamLLMProcessor, batch_size: int = 32, pack_weights: bool = True
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if model.layout != processor.layout:
@@ -67,6 +74,8 @@ class Engine:
         self.processor = processor
         self.batch_size = batch_size
         self.layout = model.layout
+        self._decoder = CachedDecoder.of(model.decoder, model.layout.max_length, pack_weights)
+        self._cache: KeyValueCache | None = None
         self._never = _never_chosen(model, processor)
         self._kept_nulls: dict[str, tuple[tuple, Tensor]] = {}  # by prompt: what it was computed from, condition
 
@@ -111,7 +120,10 @@ class Engine:
         with _evaluating(self.model):
             for start in range(0, len(encoded), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                answers += self._answer_batch(encoded[rows], seeds[rows], options, drawing, progress)
+                if options.num_beams > 1:
+                    answers += self._search_batch(encoded[rows], options)
+                else:
+                    answers += self._answer_batch(encoded[rows], seeds[rows], options, drawing, progress)
         return answers
 
     @torch.no_grad()
@@ -201,6 +213,12 @@ class Engine:
     def _features(self, images: Sequence[Image.Image]) -> Tensor:
         return self.model.encode_images(self.processor.vision(images).to(self.model.device))
 
+    def _rows(self, count: int) -> Rows:
+        """Empty rows of the engine's cache, which is made when it is first needed, and again for another dtype."""
+        if self._cache is None or not self._decoder.fits(self._cache):
+            self._cache = self._decoder.new_cache()
+        return Rows(self._decoder, self._cache, count)
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _answer_batch(
@@ -211,12 +229,32 @@ class Engine:
         drawing: DrawingOptions,
         progress: Progress | None,
     ) -> list[Answer]:
-        cache = Rows(self.model, len(documents))
+        with self._rows(len(documents)) as cache:
+            return self._answer_rows(cache, documents, seeds, options, drawing, progress)
+
+    def _answer_rows(
+        self,
+        cache: Rows,
+        documents: Sequence[EncodedDocument],
+        seeds: Sequence[int],
+        options: GenerationOptions,
+        drawing: DrawingOptions,
+        progress: Progress | None,
+    ) -> list[Answer]:
         states = cache.advance(self._embed(documents))
         forced = options.pictures == "force"
         requests = [
-            _Request(options, drawing, seed, len(document), s[-1], torch.Generator().manual_seed(seed), forced)
-            for document, seed, s in zip(documents, seeds, states, strict=True)
+            _Request(
+                options,
+                drawing,
+                seed,
+                document.input_ids,
+                len(document),
+                state[-1],
+                torch.Generator().manual_seed(seed),
+                forced,
+            )
+            for document, seed, state in zip(documents, seeds, states, strict=True)
         ]
         active = list(requests)
         while active:
@@ -247,10 +285,13 @@ class Engine:
 
     def _choose(self, request: _Request, logits: Tensor) -> int:
         forbidden = self._never
-        if not self._may_draw(request):
-            forbidden = forbidden.clone()
-            forbidden[self.layout.dream_start] = True
         o = request.options
+        too_early = len(request.chosen) < o.min_new_tokens
+        if too_early or not self._may_draw(request):
+            forbidden = forbidden.clone()
+            forbidden[self.layout.dream_start] |= not self._may_draw(request)
+            forbidden[self.layout.eos] |= too_early
+        logits = penalise(logits, [*request.prompt, *request.chosen], o.repetition_penalty)
         return choose_token(logits, forbidden, o.temperature, o.top_p, o.top_k, request.generator)
 
     def _may_draw(self, request: _Request) -> bool:
@@ -301,13 +342,74 @@ class Engine:
                 request.last = state[-1]
         return active
 
+    # -- beams ---------------------------------------------------------------------------------------------------------
+
+    def _search_batch(self, documents: Sequence[EncodedDocument], options: GenerationOptions) -> list[Answer]:
+        with self._rows(len(documents)) as cache:
+            return self._search_rows(cache, documents, options)
+
+    def _search_rows(
+        self, cache: Rows, documents: Sequence[EncodedDocument], options: GenerationOptions
+    ) -> list[Answer]:
+        states = [state[-1:] for state in cache.advance(self._embed(documents))]
+        rooms = [self.layout.max_length - len(document) for document in documents]
+        searches = [
+            BeamSearch(
+                options.num_beams,
+                self.layout.eos,
+                min(options.max_new_tokens, room),
+                options.length_penalty,
+                options.early_stopping,
+            )
+            for room in rooms
+        ]
+        active = [(search, document) for search, document in zip(searches, documents, strict=True)]
+        while active:
+            logits = self.model.get_output_embeddings()(torch.cat(states)).float().split([len(s) for s in states])
+            parents: list[int] = []  # rows of the cache that the new beams continue
+            first, living = 0, []
+            for (search, document), rows in zip(active, logits, strict=True):
+                chosen = search.advance(self._log_probabilities(search, document, rows, options))
+                if not search.done:
+                    parents += [first + (beam if len(rows) > 1 else 0) for beam in chosen]
+                    living.append((search, document))
+                first += len(rows)
+            active = living
+            if active:
+                cache.choose(parents)
+                tokens = torch.tensor([b[-1] for search, _ in active for b in search.beams], device=self.model.device)
+                new = cache.advance(list(self.model.get_input_embeddings()(tokens)[:, None]))
+                states = list(torch.cat(new).split([search.num_beams for search, _ in active]))
+        return [self._found(search, room) for search, room in zip(searches, rooms, strict=True)]
+
+    def _log_probabilities(
+        self, search: BeamSearch, document: EncodedDocument, logits: Tensor, options: GenerationOptions
+    ) -> Tensor:
+        forbidden = self._never.clone()
+        forbidden[self.layout.dream_start] = True
+        forbidden[self.layout.eos] |= search.length < options.min_new_tokens
+        found = torch.log_softmax(logits, dim=-1)
+        if options.repetition_penalty != 1.0:
+            seen = [[*document.input_ids, *beam] for beam in search.beams[: len(found)]]
+            found = torch.stack([penalise(*row, options.repetition_penalty) for row in zip(found, seen, strict=True)])
+        return found.masked_fill(forbidden, float("-inf"))
+
+    def _found(self, search: BeamSearch, room: int) -> Answer:
+        tokens, ended = search.best.tokens, search.best.tokens[-1] == self.layout.eos
+        text = self.processor.decode_text(list(tokens[:-1] if ended else tokens))
+        parts: list[Part] = [Text(text)] if text else []
+        stopped: Stopped = "end" if ended else "context" if len(tokens) == room else "length"
+        return Answer(
+            Document((*parts, End()) if ended else tuple(parts), "error", "answer"), tokens, stopped, search.best.score
+        )
+
     def _dream_states(self, documents: Sequence[EncodedDocument]) -> Tensor:
         states = []
         for start in range(0, len(documents), self.batch_size):
             batch = documents[start : start + self.batch_size]
-            cache = Rows(self.model, len(batch))
-            cache.advance(self._embed(batch))
-            states.append(self._dream(cache, len(batch)))
+            with self._rows(len(batch)) as cache:
+                cache.advance(self._embed(batch))
+                states.append(self._dream(cache, len(batch)))
         return torch.cat(states)
 
     def _dream(self, cache: Rows, count: int) -> Tensor:
@@ -341,7 +443,7 @@ class Engine:
 def _unfinished(cache: Rows, active: list[_Request]) -> list[_Request]:
     rows = [row for row, request in enumerate(active) if request.stopped is None]
     if rows and len(rows) < len(active):
-        cache.keep(rows)
+        cache.choose(rows)
     return [active[row] for row in rows]
 
 

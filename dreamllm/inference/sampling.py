@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def penalise(scores: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """Scores [vocabulary] (logits or log-probabilities) with those of the tokens `seen` divided by `penalty` where
+    positive and multiplied where negative."""
+    if penalty == 1.0 or not seen:
+        return scores
+    index = torch.tensor(sorted(set(seen)), device=scores.device)
+    chosen = scores[index]
+    return scores.index_copy(0, index, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
 def choose_token(
