@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
+from dreamllm.data.command import index
 from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
 from dreamllm.monitoring.command import report
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Command | Group] = {
     "assemble": Command(assemble, ("out",)),
     "profile": Command(profile),
     "plan": Command(plan),
+    "data": Group("Prepares training data.", {"index": Command(index, ("path",))}),
 }
 
 _OPTION = re.compile(r"--[a-z][a-z0-9_.+]*")

@@ -1,22 +1,27 @@
 """Data: readers of every kind, their mixture, and batches that are a function of the seed and the step."""
 
+from dreamllm.data.arrow import ArrowPairs
 from dreamllm.data.conversations import Conversations
 from dreamllm.data.encode_latents import EncodeReport, EncodeSettings, encode_latents
-from dreamllm.data.interleaved import Interleaved
+from dreamllm.data.filters import Filters
+from dreamllm.data.interleaved import Instructions, Interleaved, TarInterleaved
 from dreamllm.data.latent_files import LatentCacheError
 from dreamllm.data.latents import LatentCache, picture_key
 from dreamllm.data.loader import Batches, LoadedBatch, LoaderSettings, load_batches, load_steps
 from dreamllm.data.mixture import Draw, Mixture, Part, parse_size
 from dreamllm.data.open import UnknownDataError, open_data, open_pairs
-from dreamllm.data.pairs import CaptionInstructions, FolderPairs, Pair, PairMode, Pairs, PairSource
+from dreamllm.data.pairs import CaptionInstructions, FilteredPairs, FolderPairs, Pair, PairMode, Pairs, PairSource
 from dreamllm.data.plans import BatchPlan, LaneState, LoaderState
 from dreamllm.data.preparation import Encoder, prepare
 from dreamllm.data.problems import BadSampleError, FilteredSampleError, Problem, ProblemLog, TooManyBadSamplesError
 from dreamllm.data.reader import DocumentList, Reader
+from dreamllm.data.registry import KINDS, make_part, make_reader
 from dreamllm.data.seeds import Permutation, derive_seed, uniform
 from dreamllm.data.tars import TarPairs
 
 __all__ = [
+    "KINDS",
+    "ArrowPairs",
     "BadSampleError",
     "BatchPlan",
     "Batches",
@@ -27,8 +32,11 @@ __all__ = [
     "EncodeReport",
     "EncodeSettings",
     "Encoder",
+    "FilteredPairs",
     "FilteredSampleError",
+    "Filters",
     "FolderPairs",
+    "Instructions",
     "Interleaved",
     "LaneState",
     "LatentCache",
@@ -46,6 +54,7 @@ __all__ = [
     "Problem",
     "ProblemLog",
     "Reader",
+    "TarInterleaved",
     "TarPairs",
     "TooManyBadSamplesError",
     "UnknownDataError",
@@ -53,6 +62,8 @@ __all__ = [
     "encode_latents",
     "load_batches",
     "load_steps",
+    "make_part",
+    "make_reader",
     "open_data",
     "open_pairs",
     "parse_size",

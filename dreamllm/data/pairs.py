@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamllm.data.filters import Filters, Screen
 from dreamllm.data.problems import BadSampleError
 from dreamllm.data.reader import Reader
 from dreamllm.data.seeds import derive_seed, uniform
@@ -23,11 +24,12 @@ PairMode = Literal["comprehension", "creation", "both"]
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture (not decoded), its caption (stripped, not empty) and a name for messages."""
+    """A picture (not decoded), its caption (stripped, not empty), a name for messages, and what else is known of it."""
 
     image: PictureSource
     caption: str
     name: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PairSource(ABC):
@@ -41,6 +43,10 @@ class PairSource(ABC):
     @abstractmethod
     def pair(self, index: int) -> Pair:
         """Raises `BadSampleError` when picture or caption is missing or the caption is empty or unreadable."""
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the source in a run's stored configuration, as JSON values."""
+        return {"source": type(self).__name__}
 
     def usable(self) -> Iterator[Pair]:
         """The pairs whose picture file and caption are there, in order. Pictures are not decoded."""
@@ -78,13 +84,14 @@ class FolderPairs(PairSource):
         try:
             values = json.loads(line)
             file_name, text = values["file_name"], values["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise BadSampleError("malformed", f'{name}: a JSON object with "file_name" and "text" is needed') from error
         if not isinstance(file_name, str) or not isinstance(text, str):
             raise BadSampleError("malformed", f'{name}: "file_name" and "text" must be strings')
         if not (self.root / file_name).is_file():
             raise BadSampleError("missing_image", f"{name}: picture {file_name} does not exist")
-        return Pair(self.root / file_name, checked_caption(text, name), f"{self.name}/{file_name}")
+        others = {key: value for key, value in values.items() if key not in ("file_name", "text")}
+        return Pair(self.root / file_name, checked_caption(text, name), f"{self.name}/{file_name}", others)
 
     def _from_files(self, index: int) -> Pair:
         stem, suffix, has_caption = self._stems[index]
@@ -103,10 +110,19 @@ class FolderPairs(PairSource):
 
 
 def checked_caption(text: str, name: str) -> str:
-    """The stripped caption. Raises `BadSampleError` when nothing is left."""
+    """The stripped caption. Raises `BadSampleError` when nothing is left, or what is left is no Unicode text."""
     if not text.strip():
         raise BadSampleError("empty_caption", f"{name} has an empty caption")
-    return text.strip()
+    return valid_text(text.strip(), name)
+
+
+def valid_text(text: str, name: str) -> str:
+    """`text`. Raises `BadSampleError` for half a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError("malformed", f"the text of {name} is not valid Unicode: {error}") from error
+    return text
 
 
 def _stems(root: Path) -> list[tuple[str, str, bool]]:
@@ -122,6 +138,28 @@ def _stems(root: Path) -> list[tuple[str, str, bool]]:
             elif suffix.lower() in IMAGE_SUFFIXES:
                 pictures.setdefault(stem, suffix)
     return [(stem, pictures.get(stem, ""), stem in captions) for stem in sorted(pictures.keys() | captions)]
+
+
+class FilteredPairs(PairSource):
+    """The pairs of `source` that `filters` let through; the others raise `FilteredSampleError`."""
+
+    def __init__(self, source: PairSource, filters: Filters) -> None:
+        self.source, self.filters, self.name = source, filters, source.name
+        self._screen = Screen(filters)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def pair(self, index: int) -> Pair:
+        pair = self.source.pair(index)
+        self._screen.check_text(pair.caption, pair.name)
+        self._screen.check_metadata(pair.metadata, pair.name)
+        self._screen.check_listed((pair.name, pair.name.rpartition(":")[2]), pair.name)
+        self._screen.check_picture(pair.image, pair.name)
+        return pair
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.source.describe(), "filters": self.filters.describe()}
 
 
 class Pairs(Reader):
@@ -149,7 +187,7 @@ class Pairs(Reader):
         return "comprehension" if uniform(self.seed, "mode", epoch, index) >= 0.5 else "creation"
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "source": type(self.source).__name__, "mode": self.mode, "seed": self.seed}
+        return {**super().describe(), **self.source.describe(), "mode": self.mode, "seed": self.seed}
 
 
 class CaptionInstructions(Reader):
@@ -187,7 +225,7 @@ class CaptionInstructions(Reader):
 
     def describe(self) -> dict[str, Any]:
         wording = {"questions": list(self.questions), "requests": list(self.requests), "template": self.template.name}
-        return {**super().describe(), "source": type(self.source).__name__, "seed": self.seed, **wording}
+        return {**super().describe(), **self.source.describe(), "seed": self.seed, **wording}
 
 
 def without_placeholders(caption: str) -> str:

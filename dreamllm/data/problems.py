@@ -17,7 +17,7 @@ Reason = Literal[
     "too_many_pictures",
     "nothing_to_learn",
     "truncated_archive",
-    "changed_archive",
+    "changed_file",
     "duplicate_key",
     "oversized",
     "small_picture",

@@ -2,140 +2,137 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dreamllm.data.archive import Archive, TarSample
 from dreamllm.data.pairs import IMAGE_SUFFIXES, Pair, PairSource, checked_caption
 from dreamllm.data.problems import BadSampleError
+from dreamllm.data.records import parse_json
+from dreamllm.data.tar_scan import Damage, Member
 
-
-@dataclass(frozen=True)
-class _Member:
-    """Where a member's bytes lie in its tar."""
-
-    offset: int
-    size: int
-
-
-@dataclass
-class _Sample:
-    tar: int
-    key: str
-    image: _Member | None = None
-    text: _Member | None = None
-    json: _Member | None = None
+DEFAULT_CAPTION_KEY = "caption"
 
 
 class TarPairs(PairSource):
     """Pairs in webdataset tars: `<key>.jpg|jpeg|png|webp` and `<key>.txt`, or `<key>.json`.
 
     The caption is the `.txt` member, or the `.json` member's `json_caption_key`; when that is not given, `"caption"` of
-    the `.json` member serves samples without a `.txt`.
+    the `.json` member serves samples without a `.txt`. Two members of the same name make their sample unusable: which
+    belongs to which cannot be known. `metadata` also hands out the other fields of the `.json`.
 
-    The tars are scanned once, reading only headers; a sample is then read by its offset. No file stays open. Order:
-    that of the tars as given and of the samples in them. A tar that ends early gives the samples before the break and
-    counts the one that it cuts.
+    Where samples lie is read from the index of `root`, if there is one (`dreamllm data index`), else by walking the
+    tars' headers once. A sample is then read by its offset. Order: that of the tars as given and of the first member of
+    each key in them. A tar that ends early gives the samples before the break and counts the one that it cuts; a
+    damaged place inside counts as one sample, and those after it are read.
 
     Raises `ValueError` for a file that is not a tar, `FileNotFoundError` for one that is missing.
     """
 
-    def __init__(self, tars: Sequence[Path], json_caption_key: str | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        json_caption_key: str | None = None,
+        name: str = "",
+        root: Path | None = None,
+        index_folder: Path | None = None,
+        metadata: bool = False,
+    ) -> None:
         if not tars:
             raise ValueError("no tar files were given")
         self.tars = [Path(tar) for tar in tars]
-        self.json_caption_key = json_caption_key
+        self.json_caption_key, self.metadata = json_caption_key, metadata
         self.name = name or (self.tars[0].name if len(self.tars) == 1 else self.tars[0].parent.name)
-        self._samples: list[_Sample] = []
-        for number, tar in enumerate(self.tars):
-            self._samples.extend(_scan(number, tar))
+        self._archive = Archive(self.tars, "pairs", group_pairs, root, index_folder)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._archive)
 
     def pair(self, index: int) -> Pair:
-        sample = self._samples[index]
-        name = f"{self.tars[sample.tar].name}:{sample.key}"
-        if sample.image is None:
-            raise BadSampleError("missing_image", f"{name} has no picture ({', '.join(IMAGE_SUFFIXES)})")
-        caption = checked_caption(self._caption(sample, name), name)
-        return Pair(self._read(sample, sample.image, name), caption, name)
+        sample = self._archive.sample(index)
+        sample.check()
+        parts = _Parts(sample)
+        parts.check()
+        values = parts.values() if self.metadata or (parts.json is not None and parts.text is None) else {}
+        caption = checked_caption(self._caption(parts, values), parts.name)
+        assert parts.image is not None
+        return Pair(sample.read(parts.image, parts.name), caption, parts.name, values)
 
-    def _caption(self, sample: _Sample, name: str) -> str:
+    def _caption(self, parts: _Parts, values: Mapping[str, Any]) -> str:
         key = self.json_caption_key
-        if key is None and sample.text is not None:
-            return _decode(self._read(sample, sample.text, name), name)
-        if sample.json is None:
-            wanted = f"{sample.key}.txt" if key is None else f"{sample.key}.json"
-            raise BadSampleError("missing_caption", f"{name} has no caption {wanted}")
-        try:
-            values = json.loads(_decode(self._read(sample, sample.json, name), name))
-        except json.JSONDecodeError as error:
-            raise BadSampleError("malformed", f"the JSON of {name} cannot be read: {error}") from error
-        caption = values.get(key or "caption") if isinstance(values, dict) else None
+        if key is None and parts.text is not None:
+            return _text(parts.sample.read(parts.text, parts.name), parts.name)
+        if parts.json is None:
+            wanted = f"{parts.key}.txt" if key is None else f"{parts.key}.json"
+            raise BadSampleError("missing_caption", f"{parts.name} has no caption {wanted}")
+        caption = (values or parts.values()).get(key or DEFAULT_CAPTION_KEY)
         if not isinstance(caption, str):
-            raise BadSampleError("missing_caption", f"the JSON of {name} has no text under {key or 'caption'!r}")
+            found = key or DEFAULT_CAPTION_KEY
+            raise BadSampleError("missing_caption", f"the JSON of {parts.name} has no text under {found!r}")
         return caption
 
-    def _read(self, sample: _Sample, member: _Member, name: str) -> bytes:
-        path = self.tars[sample.tar]
-        try:
-            with open(path, "rb") as file:
-                data = os.pread(file.fileno(), member.size, member.offset)
-        except FileNotFoundError as error:
-            raise BadSampleError("truncated_archive", f"{path} has disappeared") from error
-        if len(data) != member.size:
-            raise BadSampleError("truncated_archive", f"{name}: {path} ends inside this sample")
-        return data
+
+class _Parts:
+    """The members of a sample by their role."""
+
+    def __init__(self, sample: TarSample) -> None:
+        self.sample = sample
+        self.key = _key(sample.members[0].name).decode("utf-8", "backslashreplace")
+        self.name = f"{sample.tar.name}:{self.key}"
+        self.image: Member | None = None
+        self.text: Member | None = None
+        self.json: Member | None = None
+        for member in sample.members:
+            suffix = _suffix(member.name)
+            if suffix == ".txt":
+                self.text = member
+            elif suffix == ".json":
+                self.json = member
+            else:
+                self.image = self.image or member
+
+    def check(self) -> None:
+        names = [member.name.lower() for member in self.sample.members]
+        if len(set(names)) != len(names):
+            raise BadSampleError("duplicate_key", f"{self.name} stands twice in its tar")
+        if self.image is None:
+            raise BadSampleError("missing_image", f"{self.name} has no picture ({', '.join(IMAGE_SUFFIXES)})")
+        if not self.image.size:
+            raise BadSampleError("corrupt_image", f"the picture of {self.name} is empty (0 bytes)")
+
+    def values(self) -> dict[str, Any]:
+        """The fields of the `.json` member; none without it."""
+        if self.json is None:
+            return {}
+        values = parse_json(self.sample.read(self.json, self.name), f"the JSON of {self.name}")
+        return values if isinstance(values, dict) else {}
 
 
-def _decode(data: bytes, name: str) -> str:
+def group_pairs(members: Iterable[Member | Damage]) -> list[list[Member]]:
+    """Members with the same path up to the first dot of the file's name; only pictures and captions."""
+    samples: dict[bytes, list[Member]] = {}
+    for member in members:
+        if isinstance(member, Damage):
+            samples[b"\0%d" % member.offset] = [Member(b"", member.offset, member.size)]
+        elif _suffix(member.name) in (*IMAGE_SUFFIXES, ".txt", ".json") and (key := _key(member.name)):
+            samples.setdefault(key, []).append(member)
+    return list(samples.values())
+
+
+def _key(name: bytes) -> bytes:
+    folder, file = os.path.split(name)
+    stem = file.partition(b".")[0]
+    return os.path.join(folder, stem) if stem else b""
+
+
+def _suffix(name: bytes) -> str:
+    return "." + os.path.basename(name).partition(b".")[2].decode("utf-8", "replace").lower()
+
+
+def _text(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSampleError("malformed", f"the caption of {name} is not UTF-8: {error}") from error
-
-
-def _scan(number: int, path: Path) -> list[_Sample]:
-    samples: dict[str, _Sample] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                if member.isfile():
-                    _place(samples, number, member)
-    except tarfile.ReadError as error:
-        raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
-    return list(samples.values())
-
-
-def _members(tar: tarfile.TarFile):
-    while True:
-        try:
-            member = tar.next()
-        except tarfile.ReadError:  # the file ends inside a member: what came before is whole
-            return
-        if member is None:
-            return
-        yield member
-
-
-def _place(samples: dict[str, _Sample], number: int, member: tarfile.TarInfo) -> None:
-    folder, file = os.path.split(member.name)
-    stem, _, suffix = file.partition(".")
-    if not stem:
-        return
-    key = os.path.join(folder, stem)
-    suffix = "." + suffix.lower()
-    where = _Member(member.offset_data, member.size)
-    if suffix not in (*IMAGE_SUFFIXES, ".txt", ".json"):
-        return
-    sample = samples.setdefault(key, _Sample(number, key))
-    if suffix == ".txt":
-        sample.text = where
-    elif suffix == ".json":
-        sample.json = where
-    else:
-        sample.image = sample.image or where

@@ -1,0 +1,63 @@
+"""What kind of data a path holds, by looking into it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from dreamllm.data.arrow import INFO_FILE, SPLITS_FILE, is_arrow_folder
+from dreamllm.data.locate import files_with, find_tars, has_a_pair, is_tar_list
+from dreamllm.data.pairs import CAPTION_FILES, IMAGE_SUFFIXES
+from dreamllm.data.problems import BadSampleError
+from dreamllm.data.records import parse_json
+from dreamllm.data.tar_scan import Member, walk
+
+LOOKED_FOR = (
+    "*.tar (webdataset image-text pairs, or interleaved documents), or a .json list of tars",
+    f"{SPLITS_FILE}, or {INFO_FILE} and *.arrow (a Hugging Face dataset saved with save_to_disk)",
+    f"{' or '.join(CAPTION_FILES)} with file_name and text (pairs)",
+    "*.jsonl with text_list and image_info (interleaved documents)",
+    "*.json, a list with instruction and text_list (instructions)",
+    "*.json, a list with conversations (LLaVA)",
+    f"pictures ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name (pairs)",
+)
+_LOOKED_INTO = 16
+
+
+def recognise(path: Path) -> str | None:
+    """The kind of data that `path` holds, one of `KINDS`, or None. See `LOOKED_FOR`, tried in this order."""
+    if path.suffix == ".tar" or is_tar_list(path) or (path.is_dir() and any(path.rglob("*.tar"))):
+        return "interleaved_tars" if _holds_documents(find_tars(path)[0]) else "pair_tars"
+    if path.is_dir() and is_arrow_folder(path):
+        return "arrow"
+    if path.is_dir() and any((path / file).is_file() for file in CAPTION_FILES):
+        return "pair_folder"
+    if files_with(path, ".jsonl", '"text_list"') and not files_with(path, ".jsonl", '"instruction"'):
+        return "interleaved_lines"
+    for suffix in (".json", ".jsonl"):
+        for key, kind in (('"instruction"', "instructions"), ('"conversations"', "conversations")):
+            if files_with(path, suffix, key):
+                return kind
+    return "pair_folder" if path.is_dir() and has_a_pair(path) else None
+
+
+def _holds_documents(tar: Path) -> bool:
+    """Whether one of the first JSON members is an interleaved document."""
+    for member in itertools.islice(walk(tar), _LOOKED_INTO):
+        if isinstance(member, Member) and member.name.lower().endswith(b".json") and member.size < 1 << 24:
+            with open(tar, "rb") as file:
+                data = os.pread(file.fileno(), member.size, member.offset)
+            try:
+                values = parse_json(data, tar.name)
+            except BadSampleError:
+                continue
+            return isinstance(values, dict) and "text_list" in values
+    return False
+
+
+def parquet_hint(path: Path) -> str:
+    """What to do about Parquet files, if there are some."""
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        return "; Parquet is not read: open it with datasets.load_dataset and write it with save_to_disk"
+    return ""
