@@ -154,7 +154,10 @@ def _difference(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    """What was raised in one line; one that ends with a colon says nothing without the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["-"]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"
 
 
 def check_contenders(case: Case) -> dict[str, str]:
@@ -200,10 +203,10 @@ def _peer_problem(case: Case, peer: Call, inputs: Sequence[Any], expected: list[
 
 def _input_sets(case: Case, caches: str, cold_bytes: int) -> list[Sequence[Any]]:
     first = case.make_inputs()
-    if caches == "warm":
-        return [first]
     used = sum(t.numel() * t.element_size() for t in _tensors([v for v in first if isinstance(v, torch.Tensor)]))
-    more = max(1, min(MOST_SETS[case.device], cold_bytes // max(used, 1)))
+    if caches == "warm" or not used:
+        return [first]
+    more = max(1, min(MOST_SETS[case.device], cold_bytes // used))
     return [first] + [case.make_inputs() for _ in range(more)]
 
 
