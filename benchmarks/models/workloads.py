@@ -59,7 +59,9 @@ def stage_documents(stage: str, size: str, count: int, seed: int = 0) -> list[Do
 
 def training_case(size: str, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
     """One step of stage `kind` on `batch` documents. `cached`: ours gets the pictures' latents, as from a cache."""
-    stage = StageConfig(kind, STAGES[kind].kind, (), 1000, batch, STAGES[kind].learning_rate)
+    stage = StageConfig(
+        kind, STAGES[kind].kind, (), 1000, learning_rate=STAGES[kind].learning_rate, documents_per_step=batch
+    )
     processor = make_processor(size)
     encoded = [processor.encode(document) for document in stage_documents(kind, size, batch)]
     packed = processor.pack(encoded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -130,6 +130,19 @@ class ProblemLog:
         for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             lines.append(f"  {reason}: {count}, for example {'; '.join(self.examples[reason])}")
         return "\n".join(lines)
+
+    @staticmethod
+    def merge(logs: Sequence[ProblemLog]) -> ProblemLog:
+        """One log of what several processes found."""
+        merged = ProblemLog(logs[0].max_bad_fraction, logs[0].min_documents)
+        for log in logs:
+            merged.documents += log.documents
+            for reason, count in log.counts.items():
+                merged.counts[reason] = merged.counts.get(reason, 0) + count
+                examples = merged.examples.setdefault(reason, [])
+                new = [message for message in log.examples[reason] if message not in examples]
+                examples += new[: EXAMPLES_PER_REASON - len(examples)]
+        return merged
 
     def state_dict(self) -> dict[str, Any]:
         return {"documents": self.documents, "counts": dict(self.counts), "examples": dict(self.examples)}

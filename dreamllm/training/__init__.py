@@ -1,5 +1,6 @@
 """Training: stages as typed configurations, and a run that resumes to the same bits."""
 
+from dreamllm.training.bad_batch import load_stored_batch
 from dreamllm.training.configuration import (
     STAGE_LOSS_WEIGHTS,
     STAGE_TRAINABLE,
@@ -8,18 +9,26 @@ from dreamllm.training.configuration import (
     StageConfig,
     learning_rate,
 )
-from dreamllm.training.errors import ConfigurationChangedError, NonFiniteLossError, SaveError, TrainingInterrupted
+from dreamllm.training.distributed import Processes, processes
+from dreamllm.training.errors import (
+    ConfigurationChangedError,
+    NonFiniteLossError,
+    ProcessLostError,
+    SaveError,
+    TrainingInterrupted,
+)
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.metrics import read_metrics
 from dreamllm.training.runner import run
-from dreamllm.training.stage import load_stored_batch
 
 __all__ = [
     "STAGE_LOSS_WEIGHTS",
     "STAGE_TRAINABLE",
     "ConfigurationChangedError",
     "NonFiniteLossError",
+    "ProcessLostError",
+    "Processes",
     "RunConfig",
     "RunSettings",
     "SaveError",
@@ -29,6 +38,7 @@ __all__ = [
     "learning_rate",
     "load_stored_batch",
     "make_folder",
+    "processes",
     "read_metrics",
     "run",
     "write_folder",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dreamllm.data import Part
 from dreamllm.model import PARAMETER_GROUPS
 
 StageKind = Literal["stage1_comprehension", "stage1_creation", "stage1", "stage2", "stage3"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
+Sharding = Literal["none", "full", "grad_op", "hybrid"]
 LossScale = Literal["none", "l1_norm", "l2_norm"]
 
 _JOINTS = ("visual_projector", "dream_queries", "condition_projector")
@@ -43,9 +44,12 @@ class StageConfig:
     What
         `name`: of its folder and in messages, unique in the run. `kind`: row of the stage table. `data`: the mixture.
     How much
-        `steps`: optimiser steps. `documents_per_step`: documents per step. `accumulation`: forward and backward passes
-        that share a step (must divide `documents_per_step`); losses are averaged over all tokens and all pictures of
-        the step, so it changes memory, not the result beyond rounding.
+        `steps`: optimiser steps. `micro_batches`: forward and backward passes that share a step, over all processes:
+        their number must divide it, and each runs its share one after the other. Losses are averaged over all tokens
+        and all pictures of the step. Every micro-batch has documents and random numbers of its own, so the number of
+        processes changes speed and memory, not the result beyond rounding. A micro-batch holds either its share of
+        `documents_per_step` documents, or at most `tokens_per_batch` tokens and `pictures_per_batch` pictures to create
+        (None: any), chosen from `look_ahead` documents so that it is full.
     Optimiser (AdamW)
         `learning_rate`: the peak; linear warm-up over `warmup_ratio` of the steps, then cosine to 0. `weight_decay`,
         `betas`, `eps`. `max_grad_norm`: gradients are clipped to this norm.
@@ -62,9 +66,13 @@ class StageConfig:
     kind: StageKind
     data: tuple[Part, ...]
     steps: int
-    documents_per_step: int
+    _: KW_ONLY
     learning_rate: float
-    accumulation: int = 1
+    documents_per_step: int | None = None
+    tokens_per_batch: int | None = None
+    look_ahead: int = 64
+    pictures_per_batch: int | None = None
+    micro_batches: int = 1
     warmup_ratio: float = 0.003
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -96,11 +104,21 @@ class StageConfig:
     def _check(self) -> None:
         if not self.name or "/" in self.name or self.name in ("model", ".", ".."):
             raise ValueError(f"stage name {self.name!r} cannot be a folder of the run")
-        for name in ("steps", "documents_per_step", "accumulation"):
+        for name in ("steps", "micro_batches", "look_ahead"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", self.name, getattr(self, name))
-        if self.documents_per_step % self.accumulation:
+        for name in ("documents_per_step", "tokens_per_batch", "pictures_per_batch"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1", self.name, value)
+        if (self.documents_per_step is None) == (self.tokens_per_batch is None):
             raise ValueError(
-                f"stage {self.name}: accumulation {self.accumulation} must divide documents_per_step "
+                f"stage {self.name}: give either documents_per_step or tokens_per_batch; given: "
+                f"{self.documents_per_step} and {self.tokens_per_batch}"
+            )
+        if self.pictures_per_batch is not None and self.tokens_per_batch is None:
+            raise ValueError(f"stage {self.name}: pictures_per_batch belongs to tokens_per_batch, which is not given")
+        if self.documents_per_step is not None and self.documents_per_step % self.micro_batches:
+            raise ValueError(
+                f"stage {self.name}: micro_batches {self.micro_batches} must divide documents_per_step "
                 f"{self.documents_per_step}"
             )
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio must be in [0, 1]", self.name, self.warmup_ratio)
@@ -137,8 +155,18 @@ class RunSettings:
     """How a run proceeds on this machine.
 
     Attributes:
-        precision: "float32", or "bfloat16" (autocast; parameters and optimiser stay float32).
+        precision: "float32"; "bfloat16" computes in it and keeps parameters and optimiser in float32 (in one process by
+            autocast; sharded, weights are gathered in bfloat16, frozen parts are held in it, and gradients are added up
+            in float32); "pure_bfloat16" also keeps parameters and optimiser in it, as the original program does.
         device: "auto" is CUDA when there is one.
+        sharding: how the trained parameters, gradients and moments are spread over the processes of torchrun (FSDP2).
+            "none": every process holds all; "full": spread over all, weights gathered layer by layer; "grad_op": the
+            same, but weights stay gathered from forward to backward; "hybrid": spread within groups of `shard_size`.
+            Frozen parts are whole everywhere.
+        shard_size: processes in a group of "hybrid"; None: those of one node.
+        reduce_each_lane: gradients are added up over the processes after every micro-batch, not once a step: more
+            traffic, but no process holds a whole gradient.
+        compile_layers: the decoder's layers run through torch.compile, each by itself.
         fused_operators: the language model runs dreamkernels' operators; False: transformers' own code.
         recompute_layers: the decoder's layers keep only their input and are computed again for the gradient.
         pictures_per_pass: pictures that go through VAE and UNet together; None: all of a batch. These two change
@@ -147,6 +175,11 @@ class RunSettings:
         workers: processes that prepare batches; 0 prepares them in the training process.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many checkpoints of a stage are kept while it runs.
+        keep_every: checkpoints of steps that this divides are kept for good, also when the stage is complete.
+        save_in_background: checkpoints are copied to host memory and written while training goes on.
+        on_nonfinite: what follows when a loss or gradient is not finite: "stop" with the batch stored, or "skip" the
+            step's update.
+        max_consecutive_skips: steps skipped in a row after which the run stops after all.
         keep_stage_models: keep each stage's model folder, or only the last.
         log_every: steps per line of metrics; values are means over them.
         max_bad_fraction: tolerated share of unusable samples, judged from the hundredth sample of a stage on.
@@ -157,6 +190,10 @@ class RunSettings:
 
     precision: Precision = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharding: Sharding = "none"
+    shard_size: int | None = None
+    reduce_each_lane: bool = False
+    compile_layers: bool = False
     fused_operators: bool = True
     recompute_layers: bool = False
     pictures_per_pass: int | None = None
@@ -164,31 +201,53 @@ class RunSettings:
     workers: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    save_in_background: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_consecutive_skips: int = 10
     keep_stage_models: bool = True
     log_every: int = 10
     max_bad_fraction: float = 0.1
     max_consecutive_bad: int = 20
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be 'float32' or 'bfloat16', not {self.precision!r}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', not {self.device!r}")
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every", "max_consecutive_bad"):
+        choices = {"precision": get_args(Precision), "device": ("auto", "cpu", "cuda"), "sharding": get_args(Sharding)}
+        choices["on_nonfinite"] = ("stop", "skip")
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+        for name in (
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "max_consecutive_bad",
+            "max_consecutive_skips",
+        ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", "settings", getattr(self, name))
+        for name in ("pictures_per_pass", "num_threads", "shard_size", "keep_every"):
+            if getattr(self, name) is not None:
+                _require(getattr(self, name) >= 1, f"{name} must be at least 1", "settings", getattr(self, name))
+        if self.shard_size is not None and self.sharding != "hybrid":
+            raise ValueError(f"shard_size belongs to sharding 'hybrid', not to {self.sharding!r}")
         _require(self.workers >= 0, "workers must not be negative", "settings", self.workers)
-        if self.pictures_per_pass is not None:
-            _require(
-                self.pictures_per_pass >= 1, "pictures_per_pass must be at least 1", "settings", self.pictures_per_pass
-            )
-        if self.num_threads is not None:
-            _require(self.num_threads >= 1, "num_threads must be at least 1", "settings", self.num_threads)
         bad = self.max_bad_fraction
         _require(0 <= bad <= 1, "max_bad_fraction must be in [0, 1]", "settings", bad)
 
 
-FREE_TO_CHANGE = ("workers", "checkpoint_every", "keep_checkpoints", "keep_stage_models")
-"""Settings that a run may be resumed with differently: they do not touch its result."""
+FREE_TO_CHANGE = (
+    "workers",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "keep_stage_models",
+    "save_in_background",
+    "sharding",
+    "shard_size",
+    "reduce_each_lane",
+)
+"""Settings that a run may be resumed with differently: they, and the number of processes, do not touch its result
+beyond the order in which gradients are added up."""
 
 
 @dataclass(frozen=True)

@@ -22,3 +22,14 @@ class SaveError(OSError):
 
 class ConfigurationChangedError(ValueError):
     """The run folder belongs to another configuration. The message names the fields that differ."""
+
+
+class PeerFailed(SystemExit):
+    """Another process of the run failed and says why. Ends this one with exit code 1."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+class ProcessLostError(OSError):
+    """Another process of the run ended without a message."""

@@ -37,16 +37,21 @@ def write_folder(folder: Path, fill: Callable[[Path], None], what: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
-        for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
-        _sync(folder.parent)
+        complete_folder(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"{what} could not be written to {folder}: {_first_line(error)}") from error
+        raise SaveError(f"{what} could not be written to {folder}: {first_line(error)}") from error
+
+
+def complete_folder(partial: Path, folder: Path) -> None:
+    """Makes what is in `partial` durable and renames it to `folder`, replacing what was there."""
+    for path in partial.rglob("*"):
+        _sync(path)
+    _sync(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+    _sync(folder.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -68,5 +73,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]

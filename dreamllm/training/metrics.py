@@ -96,23 +96,26 @@ def interval_line(stage: str, records: list[StepRecord], since: float) -> dict[s
     """One line of metrics: means over the tokens, pictures and steps of `records`.
 
     `lm_loss` and `vm_loss` are unweighted, None when nothing was there to average; `lr` and `step` are the last step's;
-    `steps`, `tokens`, `pictures`, `documents` and `bad_documents` (samples left out) are sums over the interval;
-    `seconds` is the time since `since`, the elapsed time at the last line.
+    `steps`, `tokens`, `pictures`, `documents` and `bad_documents` (samples left out) are sums over the interval.
+    `skipped_steps` counts those that were not finite: they are in the sums, not in the means. `seconds` is the time
+    since `since`, the elapsed time at the last line.
     """
     last = records[-1]
-    targets = sum(r.counts.targets for r in records)
-    pictures = sum(r.counts.pictures for r in records)
+    usable = [r for r in records if r.finite]
+    targets = sum(r.counts.targets for r in usable)
+    drawn = sum(r.counts.pictures for r in usable)
     return {
         "stage": stage,
         "step": last.step,
         "steps": len(records),
-        "loss": sum(r.loss for r in records) / len(records),
-        "lm_loss": sum(r.lm_loss * r.counts.targets for r in records) / targets if targets else None,
-        "vm_loss": sum(r.vm_loss * r.counts.pictures for r in records) / pictures if pictures else None,
+        "skipped_steps": len(records) - len(usable),
+        "loss": sum(r.loss for r in usable) / len(usable) if usable else None,
+        "lm_loss": sum(r.lm_loss * r.counts.targets for r in usable) / targets if targets else None,
+        "vm_loss": sum(r.vm_loss * r.counts.pictures for r in usable) / drawn if drawn else None,
         "lr": last.learning_rate,
-        "grad_norm": sum(r.grad_norm for r in records) / len(records),
+        "grad_norm": sum(r.grad_norm for r in usable) / len(usable) if usable else None,
         "tokens": sum(r.counts.tokens for r in records),
-        "pictures": pictures,
+        "pictures": sum(r.counts.pictures for r in records),
         "documents": sum(r.counts.documents for r in records),
         "bad_documents": sum(r.counts.bad for r in records),
         "seconds": round(last.elapsed - since, 3),

@@ -14,12 +14,16 @@ from rich.console import Console
 
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.training.configuration import FREE_TO_CHANGE, RunConfig, RunSettings, StageConfig
+from dreamllm.training.distributed import Processes, processes
 from dreamllm.training.errors import TrainingInterrupted
+from dreamllm.training.export import gather_trained, save_whole
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
 from dreamllm.training.progress import quiet_transformers, say
+from dreamllm.training.sharding import ShardedModel
 from dreamllm.training.stage import StageResult, StageTrainer
+from dreamllm.training.step import Pass
 
 DONE, MODEL, CONFIG = "done.json", "model", "run.json"
 
@@ -31,21 +35,33 @@ def run(config: RunConfig, console: Console | None = None) -> Path:
     `DreamLLMProcessor.from_pretrained`. A stage that is complete is not run again; one that was interrupted, even by
     kill -9, goes on from its last checkpoint and ends with the same bits as if it had not been.
 
+    Started by torchrun, all processes share the work; the main one prints and writes. The run may go on with another
+    number of them.
+
     Raises `TrainingInterrupted` after Ctrl-C or SIGTERM (state saved), `ConfigurationChangedError`, `SaveError`,
-    `NonFiniteLossError`, `TooManyBadSamplesError`.
+    `NonFiniteLossError`, `TooManyBadSamplesError`, `ProcessLostError` when another process was killed, and `ValueError`
+    when the processes cannot share a stage's micro-batches.
     """
-    console = console or Console()
-    make_folder(config.out)
-    claim_folder(config.out / CONFIG, config.describe(), FREE_TO_CHANGE, lambda text: say(console, text))
-    with _threads(config.settings.num_threads), quiet_transformers(), InterruptRequest() as interrupt:
-        _Run(config, console).stages(interrupt)
-    say(console, f"the model is in {config.out / MODEL}")
+    settings = config.settings
+    with processes(settings.device, grouped=settings.sharding != "none") as these:
+        shown = (console or Console()) if these.main else Console(quiet=True)
+        for stage in config.stages:
+            these.lanes(stage.micro_batches)
+
+        def claim() -> None:
+            make_folder(config.out)
+            claim_folder(config.out / CONFIG, config.describe(), FREE_TO_CHANGE, lambda text: say(shown, text))
+
+        these.on_main(claim)
+        with _threads(settings.num_threads), quiet_transformers(), InterruptRequest() as interrupt:
+            _Run(config, shown, these).stages(interrupt)
+        say(shown, f"the model is in {config.out / MODEL}")
     return config.out / MODEL
 
 
 class _Run:
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: RunConfig, console: Console, processes: Processes) -> None:
+        self.config, self.console, self.processes = config, console, processes
         self.source = config.model
         self.metrics_bytes = 0
         self.loaded: tuple[DreamLLM, DreamLLMProcessor] | None = None
@@ -59,22 +75,24 @@ class _Run:
             else:
                 self._train(stage, interrupt)
             self.source = self._model_folder(number)
-            if interrupt.requested and number + 1 < len(self.config.stages):
+            if number + 1 < len(self.config.stages) and self.processes.any(interrupt.requested):
                 say(self.console, f"\nstopped after {stage.name}; rerun the same command to resume")
                 raise TrainingInterrupted
 
     def _train(self, stage: StageConfig, interrupt: InterruptRequest) -> None:
-        folder = self.config.out / stage.name
-        make_folder(folder)
+        if self.processes.main:
+            make_folder(self.config.out / stage.name)
         if self.loaded is None:
             self.loaded = _load(self.source, self.config.settings)
-        trainer = StageTrainer(self.config, stage, *self.loaded, self.metrics_bytes, self.console)
+        trainer = StageTrainer(self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes)
         result = trainer.run(interrupt)
-        self._finish(stage, result)
+        self._finish(stage, result, trainer.through)
         trainer.checkpoints.remove()
         self.metrics_bytes = result.metrics_bytes
+        if isinstance(trainer.through, ShardedModel):
+            self.loaded = None
 
-    def _finish(self, stage: StageConfig, result: StageResult) -> None:
+    def _finish(self, stage: StageConfig, result: StageResult, through: Pass) -> None:
         """Writes the stage's model, then the file that says so."""
         number = self.config.stages.index(stage)
         summary: dict[str, Any] = {
@@ -84,19 +102,25 @@ class _Run:
             "data": result.problems.state_dict(),
             "versions": versions(),
         }
-
         assert self.loaded is not None
         model, processor = self.loaded
+        trained = gather_trained(through, self.processes.main)
 
         def fill(folder: Path) -> None:
-            model.save_pretrained(folder)
+            if trained is None:
+                model.save_pretrained(folder)
+            else:
+                save_whole(folder, model, trained, self.source)
             processor.save_pretrained(folder)
             write_json(folder / "training.json", {**summary, "configuration": stage.describe()})
 
-        write_folder(self._model_folder(number), fill, f"the model of {stage.name}")
-        write_json(self.config.out / stage.name / DONE, summary)
-        if number and not self.config.settings.keep_stage_models:
-            shutil.rmtree(self._model_folder(number - 1), ignore_errors=True)
+        def write() -> None:
+            write_folder(self._model_folder(number), fill, f"the model of {stage.name}")
+            write_json(self.config.out / stage.name / DONE, summary)
+            if number and not self.config.settings.keep_stage_models:
+                shutil.rmtree(self._model_folder(number - 1), ignore_errors=True)
+
+        self.processes.on_main(write)
 
     def _model_folder(self, number: int) -> Path:
         if number + 1 == len(self.config.stages):
@@ -105,10 +129,13 @@ class _Run:
 
 
 def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProcessor]:
-    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    model: Any = DreamLLM.from_pretrained(folder, dtype=torch.float32)
+    dtype = torch.bfloat16 if settings.precision == "pure_bfloat16" else torch.float32
+    model: Any = DreamLLM.from_pretrained(folder, dtype=dtype)
     model.use_fused_operators(settings.fused_operators)
-    return model.to("cpu" if device == "auto" else device), DreamLLMProcessor.from_pretrained(folder)
+    if settings.compile_layers:
+        for layer in model.decoder.layers:
+            layer.forward = torch.compile(layer.forward)
+    return model, DreamLLMProcessor.from_pretrained(folder)
 
 
 @contextlib.contextmanager

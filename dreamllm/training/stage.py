@@ -5,32 +5,42 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from dreamllm.data import Batches, LoadedBatch, LoaderSettings, Mixture, ProblemLog, derive_seed, load_batches
-from dreamllm.documents import PackedBatch
+from dreamllm.data import (
+    Batches,
+    BatchPlan,
+    LoadedBatch,
+    LoaderSettings,
+    LoaderState,
+    Mixture,
+    ProblemLog,
+    derive_seed,
+    load_steps,
+)
 from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.training.bad_batch import store_batches
 from dreamllm.training.checkpoints import StageCheckpoints
 from dreamllm.training.configuration import RunConfig, StageConfig, learning_rate
+from dreamllm.training.distributed import PendingSum, Processes
 from dreamllm.training.errors import NonFiniteLossError, SaveError, TrainingInterrupted
 from dreamllm.training.interrupt import InterruptRequest
 from dreamllm.training.metrics import (
     MetricsFile,
     Readback,
+    StepCounts,
     StepRecord,
     interval_line,
     record_from_json,
     record_to_json,
 )
 from dreamllm.training.progress import StageProgress, describe_line, say
-from dreamllm.training.step import count, make_optimizer, prepare_model, train_step
-
-RANK = 0
+from dreamllm.training.sharding import ShardedModel
+from dreamllm.training.step import Pass, count, make_optimizer, prepare_model, run_step, unreached
 
 
 @dataclass
@@ -41,8 +51,27 @@ class StageResult:
     problems: ProblemLog
 
 
+@dataclass
+class _Step:
+    """The lanes of this process, what all lanes hold together, and in how many processes a stop was requested."""
+
+    lanes: list[LoadedBatch]
+    sums: PendingSum
+
+    @property
+    def counts(self) -> StepCounts:
+        return StepCounts(*self.sums.result()[:-1])
+
+    @property
+    def stops(self) -> bool:
+        return self.sums.result()[-1] > 0
+
+
 class StageTrainer:
-    """Trains `model` in place through one stage of `config`. `metrics_bytes`: size of the metrics before the stage."""
+    """Trains `model` in place through one stage of `config`. `metrics_bytes`: size of the metrics before the stage.
+
+    With several processes, or with sharding, `model` is sharded for this stage and cannot be used for another.
+    """
 
     def __init__(
         self,
@@ -52,30 +81,54 @@ class StageTrainer:
         processor: DreamLLMProcessor,
         metrics_bytes: int,
         console: Console,
+        processes: Processes,
     ) -> None:
         self.config, self.stage, self.model, self.console = config, stage, model, console
-        self.settings = config.settings
+        self.settings, self.processes = config.settings, processes
         self.folder = config.out / stage.name
-        self.device = model.device
+        self.device = processes.device
+        self.lanes = processes.lanes(stage.micro_batches)
         self.batches = self._batches(processor)
-        self.optimizer = make_optimizer(prepare_model(model, stage), stage)
+        if not self._sharded:
+            model.to(self.device)  # a sharded one goes there layer by layer
+        prepare_model(model, stage)
         model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
+        if self._sharded:
+            self.through: Pass = ShardedModel(model, stage, self.settings, processes)
+        else:
+            self.through = Pass(model, stage, self._autocast())
+        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], stage)
         self.checkpoints = StageCheckpoints(
-            self.folder, self.settings.keep_checkpoints, lambda text: say(console, text)
+            self.folder,
+            self.settings.keep_checkpoints,
+            lambda text: say(console, text),
+            processes,
+            self.settings.keep_every,
+            self.settings.save_in_background,
         )
         self.metrics = MetricsFile(config.out / "metrics.jsonl")
         self.problems = ProblemLog(self.settings.max_bad_fraction)
         self.readback = Readback()
         self.interval: list[StepRecord] = []
+        self.loader = LoaderState.initial(stage.micro_batches)
+        self.plans: dict[int, list[BatchPlan]] = {}
         self.elapsed = self.line_elapsed = 0.0
-        self.done = 0
+        self.done = self.skipped = 0
         self.metrics_bytes = metrics_bytes
+
+    @property
+    def _sharded(self) -> bool:
+        return self.processes.world > 1 or self.settings.sharding != "none"
 
     def _batches(self, processor: DreamLLMProcessor) -> Batches:
         stage = self.stage
         mixture = Mixture(stage.data, derive_seed(self.config.seed, stage.name, "data"))
+        fixed = stage.documents_per_step
         loader = LoaderSettings(
-            documents_per_batch=stage.documents_per_step // stage.accumulation,
+            documents_per_batch=None if fixed is None else fixed // stage.micro_batches,
+            tokens_per_batch=stage.tokens_per_batch,
+            look_ahead=stage.look_ahead,
+            pictures_per_batch=stage.pictures_per_batch,
             with_null=stage.condition_dropout > 0,
             flip_targets=stage.flip_targets,
             max_consecutive_bad=self.settings.max_consecutive_bad,
@@ -88,62 +141,85 @@ class StageTrainer:
         Raises `TrainingInterrupted` after saving when `interrupt` was requested, `NonFiniteLossError` after storing the
         batch, `SaveError`, and `TooManyBadSamplesError`.
         """
+        try:
+            return self._run(interrupt)
+        finally:
+            self.checkpoints.close()
+
+    def _run(self, interrupt: InterruptRequest) -> StageResult:
         self._resume()
         self.clock = time.monotonic() - self.elapsed
         with StageProgress(self.console, self.stage.name, self.stage.steps, self.done) as progress:
-            for micro_batches in self._steps():
-                self._step(micro_batches)
+            for step in self._steps(interrupt):
+                self._step(step)
                 progress.advance()
                 self._log(progress)
+                self.checkpoints.check()
                 if self.done == self.stage.steps:
                     break
-                if interrupt.requested:
+                if step.stops if self.processes.world > 1 else interrupt.requested:
                     self._stop(progress)
                 if self.done % self.settings.checkpoint_every == 0:
                     self._save(progress)
             self._log(progress, everything=True)
-        if self.problems.counts:
-            say(
-                self.console, f"{self.stage.name}: {self.problems.bad} samples were left out\n{self.problems.summary()}"
-            )
-        return StageResult(self.metrics.sync(), self.problems)
+        self.checkpoints.wait()
+        problems = self._all_problems()
+        if problems.counts:
+            say(self.console, f"{self.stage.name}: {problems.bad} samples were left out\n{problems.summary()}")
+        return StageResult(self.metrics.sync(), problems)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def _steps(self) -> Iterator[list[LoadedBatch]]:
-        each = self.stage.accumulation
-        loaded = load_batches(
+    def _steps(self, interrupt: InterruptRequest) -> Iterator[_Step]:
+        loaded = load_steps(
             self.batches,
-            self.done * each,
-            self.stage.steps * each,
+            self.lanes,
+            self.stage.micro_batches,
+            self.loader,
             self.settings.workers,
             pin_memory=self.device.type == "cuda",
+            steps=self.stage.steps - self.done,
         )
+        waiting: _Step | None = None
         with contextlib.closing(loaded):
-            for _ in range(self.done, self.stage.steps):
-                yield [next(loaded) for _ in range(each)]
+            for lanes in loaded:
+                held = count([lane.batch for lane in lanes])
+                bad = sum(not (problem.kept or problem.filtered) for lane in lanes for problem in lane.problems)
+                targets = held.targets if self.stage.weights[0] else 0  # else the language loss is not computed
+                counts = (held.tokens, targets, held.pictures, held.documents, bad)
+                step = _Step(lanes, self.processes.sum((*counts, interrupt.requested)))
+                if self.processes.world == 1:
+                    yield step
+                    continue
+                # The sum travels while the step before runs.
+                if waiting is not None:
+                    yield waiting
+                waiting = step
+            if waiting is not None:
+                yield waiting
 
-    def _step(self, micro_batches: list[LoadedBatch]) -> None:
-        for loaded in micro_batches:
-            self.problems.add(loaded.batch.num_documents, loaded.problems)
+    def _step(self, step: _Step) -> None:
+        counts = step.counts
         rate = learning_rate(self.stage, self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed = derive_seed(self.config.seed, self.stage.name, "step", self.done, RANK)
-        torch.manual_seed(seed)  # for dropout, where a component has it
-        generator = torch.Generator(self.device).manual_seed(seed)
-        batches = [loaded.batch.to(self.device, non_blocking=True) for loaded in micro_batches]
-        losses = train_step(self.model, self.optimizer, batches, self.stage, generator, self._autocast())
+        batches, generators = [], []
+        for lane in step.lanes:
+            self.problems.add(lane.batch.num_documents, lane.problems)
+            seed = derive_seed(self.config.seed, self.stage.name, "step", self.done, lane.lane)
+            generators.append(torch.Generator(self.device).manual_seed(seed))
+            batches.append(lane.batch.to(self.device, non_blocking=True))
+        torch.manual_seed(generators[0].initial_seed())  # for dropout, where a component has it
+        skip = self.settings.on_nonfinite == "skip"
+        losses = run_step(self.through, self.optimizer, batches, generators, counts, skip)
         self.done += 1
+        plans = [lane.plan for lane in step.lanes]
+        self.loader, self.plans[self.done] = self.loader.after(plans), plans
         self.elapsed = time.monotonic() - self.clock
-        bad = sum(not problem.kept for loaded in micro_batches for problem in loaded.problems)
-        counts = replace(count(batches), bad=bad)
-        if not self.stage.weights[0]:  # the language loss is not computed
-            counts = replace(counts, targets=0)
         self.readback.add(self.done, self.elapsed, rate, counts, losses)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.settings.precision == "float32":
+        if self.settings.precision != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -156,39 +232,46 @@ class StageTrainer:
                 return
             self.readback.start()
         for record in self.readback.take(everything):
-            self._check_finite(record)
+            self._check(record)
+            del self.plans[record.step]
             self.interval.append(record)
             if record.step % self.settings.log_every == 0 or record.step == self.stage.steps:
                 self._write_line(progress)
 
     def _write_line(self, progress: StageProgress) -> None:
         line = interval_line(self.stage.name, self.interval, self.line_elapsed)
-        self.metrics.append(line)
+        if self.processes.main:
+            self.metrics.append(line)
         progress.show(line["step"], describe_line(line))
         self.line_elapsed = self.interval[-1].elapsed
         self.interval = []
 
-    def _check_finite(self, record: StepRecord) -> None:
-        """NaN or infinity: stores the batch, made once more from its number, and raises."""
+    def _check(self, record: StepRecord) -> None:
+        """Raises when a step trained nothing, or when its loss is not finite and that is not to be skipped."""
         if record.finite:
+            self.skipped = 0
+            if record.grad_norm == 0 and not self.through.keeps_gradients:
+                raise ValueError(unreached(self.stage, [f"step {record.step}"]))
             return
-        each = self.stage.accumulation
-        numbers = range((record.step - 1) * each, record.step * each)
-        batches = [self.batches[number].batch for number in numbers]
-        names = [name for batch in batches for name in batch.names]
-        documents = _shown(names)
+        self.skipped += 1
         values = (
             f"language {record.lm_loss:g}, diffusion {record.vm_loss:g}, total {record.loss:g}, "
             f"gradient norm {record.grad_norm:g}"
         )
         where = f"stage {self.stage.name}, step {record.step}: the loss is not finite ({values})"
+        if self.settings.on_nonfinite == "skip" and self.skipped < self.settings.max_consecutive_skips:
+            say(self.console, f"{where}; its update was skipped")
+            return
+        plans = [plan for own in self.processes.gather(self.plans[record.step]) for plan in own]
+        self.processes.on_main(lambda: self._refuse(record, where, plans))
+
+    def _refuse(self, record: StepRecord, where: str, plans: list[BatchPlan]) -> None:
+        """Stores the batches of `plans`, made once more, and raises."""
+        batches = [self.batches.load(plan).batch for plan in plans]
         path = self.folder / f"bad_batch_step_{record.step:06d}.pt"
-        try:
-            torch.save({**record_to_json(record), "stage": self.stage.name, "batches": _plain(batches)}, path)
-        except (OSError, RuntimeError) as error:
-            raise NonFiniteLossError(f"{where}; its batch ({documents}) could not be saved: {error}") from error
+        documents = store_batches(path, where, {**record_to_json(record), "stage": self.stage.name}, batches)
         raise NonFiniteLossError(
-            f"{where}. Its {len(names)} documents ({documents}) are stored in {path}. Look at them, or lower "
+            f"{where}. Its {documents} are stored in {path}. Look at them, or lower "
             f"learning_rate ({self.stage.learning_rate:g}), and train into a new folder"
         )
 
@@ -199,25 +282,37 @@ class StageTrainer:
         if state is not None:
             self.done = state["step"]
             self.metrics_bytes = state["metrics_bytes"]
-            self.problems.load_state_dict(state["problems"])
+            if self.processes.main:
+                self.problems.load_state_dict(state["problems"])
             self.interval = [record_from_json(values) for values in state["interval"]]
             self.elapsed, self.line_elapsed = state["elapsed"], state["line_elapsed"]
-        self.metrics.cut(self.metrics_bytes)
+            self.skipped = state["skipped"]
+            self.loader = LoaderState.from_json(state["loader"])
+        self.loader = self.loader.of(self.lanes)
+        if self.processes.main:
+            self.metrics.cut(self.metrics_bytes)
 
     def _save(self, progress: StageProgress) -> None:
         self._log(progress, everything=True)  # so that no checkpoint holds a step whose loss was not finite
         state: dict[str, Any] = {
             "metrics_bytes": self.metrics.sync(),
-            "problems": self.problems.state_dict(),
+            "problems": self._all_problems().state_dict(),
             "interval": [record_to_json(record) for record in self.interval],
             "elapsed": self.elapsed,
             "line_elapsed": self.line_elapsed,
+            "skipped": self.skipped,
+            "loader": LoaderState.merge(self.processes.gather(self.loader)).to_json(),
         }
         self.checkpoints.save(self.done, self.model, self.optimizer, state)
+
+    def _all_problems(self) -> ProblemLog:
+        """Those of all processes."""
+        return ProblemLog.merge(self.processes.gather(self.problems))
 
     def _stop(self, progress: StageProgress) -> None:
         try:
             self._save(progress)
+            self.checkpoints.wait()
         except SaveError as error:
             say(self.console, str(error))
         else:
@@ -225,19 +320,3 @@ class StageTrainer:
             say(self.console, f"\nstopped after step {self.done} of {self.stage.name}, {where}")
         say(self.console, "rerun the same command to resume")
         raise TrainingInterrupted
-
-
-def _shown(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-
-
-def _plain(batches: list[PackedBatch]) -> list[dict[str, Any]]:
-    """Batches as dictionaries that `torch.load(weights_only=True)` reads."""
-    return [{f.name: getattr(batch, f.name) for f in fields(batch)} for batch in batches]
-
-
-def load_stored_batch(path: str | Path) -> tuple[dict[str, Any], list[PackedBatch]]:
-    """Reads the file of a batch whose loss was not finite: (step, stage, losses), and its packed batches."""
-    stored = torch.load(path, weights_only=True)
-    batches = [PackedBatch(**{**values, "names": tuple(values["names"])}) for values in stored.pop("batches")]
-    return stored, batches

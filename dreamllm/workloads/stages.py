@@ -90,7 +90,7 @@ def parts(name: str, size: str, seed: int = 0) -> tuple[Part, ...]:
 
 
 def stage_config(
-    name: str, size: str, documents_per_step: int | None = None, steps: int = 100, accumulation: int = 1, seed: int = 0
+    name: str, size: str, documents_per_step: int | None = None, steps: int = 100, micro_batches: int = 1, seed: int = 0
 ) -> StageConfig:
     """The stage as training runs it, on synthetic documents; by default as many per step as suit the size."""
     chosen = stage(name)
@@ -99,16 +99,20 @@ def stage_config(
         chosen.kind,
         parts(name, size, seed),
         steps,
-        model_size(size).documents_per_step * accumulation if documents_per_step is None else documents_per_step,
-        chosen.learning_rate,
-        accumulation,
+        learning_rate=chosen.learning_rate,
+        documents_per_step=(
+            model_size(size).documents_per_step * micro_batches if documents_per_step is None else documents_per_step
+        ),
+        micro_batches=micro_batches,
     )
 
 
 def batches(config: StageConfig, processor: DreamLLMProcessor, seed: int = 0) -> Batches:
     """The batches of `config`, by number, as a training run draws them."""
+    if config.documents_per_step is None:
+        raise ValueError(f"stage {config.name} has batches of tokens, which have no number")
     settings = LoaderSettings(
-        config.documents_per_step // config.accumulation,
+        config.documents_per_step // config.micro_batches,
         with_null=config.condition_dropout > 0,
         flip_targets=config.flip_targets,
     )

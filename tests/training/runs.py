@@ -57,7 +57,7 @@ def config(root: Path, out: Path, hook: Callable[[int], None] | None = None, **s
     common = {"data": data, "steps": STEPS, "documents_per_step": DOCUMENTS, "condition_dropout": 0.2}
     stages = (
         StageConfig("one", "stage1", learning_rate=1e-2, **common),
-        StageConfig("two", "stage2", learning_rate=1e-3, accumulation=2, snr_gamma=5.0, weight_decay=0.1, **common),
+        StageConfig("two", "stage2", learning_rate=1e-3, micro_batches=2, snr_gamma=5.0, weight_decay=0.1, **common),
     )
     return RunConfig(root / "start", stages, out, seed=11, settings=replace(SETTINGS, **settings))
 

@@ -64,7 +64,7 @@ def test_the_loss_scale_divides_the_weights():
     [
         ({"kind": "stage4"}, "stage kind 'stage4' is unknown; known: stage1_comprehension"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"accumulation": 3}, "accumulation 3 must divide documents_per_step 4"),
+        ({"micro_batches": 3}, "micro_batches 3 must divide documents_per_step 4"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),

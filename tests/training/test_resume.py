@@ -84,14 +84,14 @@ def stopped_run(root, out: Path, step: int) -> None:
 def test_a_half_written_checkpoint_is_ignored_with_a_message(root, reference, tmp_path):
     stopped_run(root, tmp_path, 5)
     (tmp_path / "one/checkpoints/step-000008.partial").mkdir()
-    (tmp_path / "one/checkpoints/step-000008.partial/weights.safetensors").write_bytes(b"begun")
+    (tmp_path / "one/checkpoints/step-000008.partial/__0_0.distcp").write_bytes(b"begun")
     printed = quiet_run(config(root, tmp_path))
     assert "ignoring the half-written checkpoint" in printed
     assert "resuming after step 6" in printed
     assert_same_result(tmp_path, reference)
 
 
-@pytest.mark.parametrize("damage", ["weights.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["__0_0.distcp", ".metadata", "state.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(root, reference, tmp_path, damage):
     stopped_run(root, tmp_path, 5)
     newest = tmp_path / "one/checkpoints/step-000006"

@@ -114,20 +114,20 @@ def stages(train: Scans, config: DigitsConfig, seed: int, scale: float) -> tuple
     common: dict[str, Any] = {"warmup_ratio": config.warmup_ratio}
     return (
         StageConfig(
-            "stage1-comprehension", "stage1_comprehension", (reading,), steps(config.steps_comprehension), 32,
-            config.rate_joints, **common,
+            "stage1-comprehension", "stage1_comprehension", (reading,), steps(config.steps_comprehension),
+            documents_per_step=32, learning_rate=config.rate_joints, **common,
         ),
         StageConfig(
-            "stage1-creation", "stage1_creation", (drawing,), steps(config.steps_creation), 32,
-            config.rate_joints, **common,
+            "stage1-creation", "stage1_creation", (drawing,), steps(config.steps_creation),
+            documents_per_step=32, learning_rate=config.rate_joints, **common,
         ),
         StageConfig(
-            "stage2", "stage2", (counting, reading, drawing), steps(config.steps_interleaved), 36,
-            config.rate_interleaved, **common,
+            "stage2", "stage2", (counting, reading, drawing), steps(config.steps_interleaved),
+            documents_per_step=36, learning_rate=config.rate_interleaved, **common,
         ),
         StageConfig(
-            "stage3", "stage3", (instructions, counting, reading, drawing), steps(config.steps_instructions), 30,
-            config.rate_instructions, **common,
+            "stage3", "stage3", (instructions, counting, reading, drawing), steps(config.steps_instructions),
+            documents_per_step=30, learning_rate=config.rate_instructions, **common,
         ),
     )  # fmt: skip
 
