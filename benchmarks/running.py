@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,23 +36,45 @@ def available() -> dict[str, str]:
     }
 
 
-def chosen(wanted: Sequence[str]) -> dict[str, ModuleType]:
+def chosen(wanted: Sequence[str]) -> dict[str, ModuleType | NotInstalled]:
     """The modules of the wanted names and families ("operators": all of theirs), or all.
 
     Raises ValueError for a name that is neither.
     """
-    modules = {name: importlib.import_module(path) for name, path in available().items()}
-    groups = {name: {name, module.FAMILY, _folder(module)} for name, module in modules.items()}
-    families = sorted({family for name, module in modules.items() for family in (module.FAMILY, _folder(module))})
+    modules = {name: _import(path) for name, path in available().items()}
+    groups = {name: {name, module.FAMILY, _folder(available()[name])} for name, module in modules.items()}
+    families = sorted({family for name, names in groups.items() for family in names - {name}} - {""})
     for name in wanted:
         if name not in modules and name not in families:
             raise ValueError(f"{name!r} has no benchmark (families: {', '.join(families)}; one: {', '.join(modules)})")
     return {name: module for name, module in modules.items() if not wanted or groups[name] & set(wanted)}
 
 
-def _folder(module: ModuleType) -> str:
-    folder = module.__name__.split(".")[1]
-    return next(name for name, path in FOLDERS.items() if path == folder)
+class NotInstalled:
+    """Stands in for a benchmark whose libraries are not here: a row of the results says so."""
+
+    FAMILY = ""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def cases(self, device: str, size: str) -> Iterator[Any]:
+        from benchmarks.harness import NotHereError
+
+        raise NotHereError(self.reason)
+
+
+def _import(path: str) -> ModuleType | NotInstalled:
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("benchmarks", "dreamkernels", "dreamllm"):
+            raise
+        return NotInstalled(str(error))
+
+
+def _folder(path: str) -> str:
+    return next(name for name, folder in FOLDERS.items() if path.split(".")[1] == folder)
 
 
 def git_commit() -> str:
@@ -77,7 +99,7 @@ class Run:
         self.errors: dict[str, str] = {}  # by case or benchmark: wrong results, and what raised
         self.not_here: dict[str, str] = {}  # benchmarks that cannot run on this device or at this size
 
-    def benchmark(self, name: str, module: ModuleType) -> None:
+    def benchmark(self, name: str, module: Any) -> None:
         """All cases of one benchmark; one that goes wrong stops no other."""
         from benchmarks.harness import NotHereError
 

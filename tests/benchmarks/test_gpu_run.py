@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_run
+from benchmarks import gpu_libraries, gpu_run
 from benchmarks.gpu_run import PARTS, Setting, Step, run, steps_of, summary
+from dreamkernels import libraries
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,6 +154,36 @@ def test_the_most_valuable_comes_first_and_nothing_is_left_out(tmp_path):
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match="no part 'painting'"):
         steps_of("painting", Setting(tmp_path))
+
+
+def test_carried_libraries_are_only_loaded(tmp_path):
+    built = [step.name for step in steps_of("build", Setting(tmp_path))]
+    assert built == ["compile", "libraries", "info"]
+    carried = steps_of("build", Setting(tmp_path, "cpu", "small", prebuilt=True))
+    assert [step.name for step in carried] == ["libraries", "info"]
+    assert run(carried[:1], tmp_path, 1)[0]["status"] == "passed"
+    assert "_cpu: loaded" in (tmp_path / "build" / "libraries.log").read_text()
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", ["_cpu"]), ("cuda", ["_cpu", "_cuda"])])
+def test_a_library_that_does_not_load_is_a_failed_step(device, missing, monkeypatch, capsys):
+    broken = {name: libraries.Library(name, "", "slower", error="GLIBC_2.39 not found") for name in ("_cpu", "_cuda")}
+    monkeypatch.setattr(libraries, "LOADED", broken)
+    monkeypatch.setattr(sys, "argv", ["gpu_libraries", device])
+    assert gpu_libraries.main() == 1
+    out = capsys.readouterr().out
+    assert "_cpu: MISSING, GLIBC_2.39 not found; slower" in out
+    assert out.splitlines()[-1] == f"missing: {', '.join(missing)}"
+
+
+def test_everything_in_one_file(tmp_path, monkeypatch):
+    out, archive = tmp_path / "out", tmp_path / "all.tar.gz"
+    arguments = ["--out", str(out), "--part", "facts", "--device", "cpu", "--archive", str(archive), "--minutes", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py", *arguments])
+    assert gpu_run.main() == 0
+    with tarfile.open(archive) as packed:
+        names = packed.getnames()
+    assert {"out/summary.txt", "out/facts/device.json", "out/facts/device.step.json"} <= set(names)
 
 
 def test_wheels_are_installed_without_a_network(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,17 @@ def test_families():
     assert set(chosen(["language", "geglu"])) > {"rms_norm", "swiglu", "geglu"}
     with pytest.raises(ValueError, match=r"'poetry' has no benchmark \(families: attention"):
         chosen(["poetry"])
+
+
+def test_a_benchmark_without_its_library_is_a_row(tmp_path, monkeypatch):
+    """On a bare machine, say without diffusers, the others run."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.ops.bench_guided_step", raising=False)
+    modules = chosen(["guided_step", "rms_norm"])
+    assert modules["rms_norm"].FAMILY == "language"
+    code, record = recorded(tmp_path, monkeypatch, {"guided_step": modules["guided_step"]})
+    assert code == 0
+    assert "diffusers" in record["not_here"]["guided_step"]
 
 
 def options(**changes):
