@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-REFERENCE = "eager"
+REFERENCES = ("eager", "original pattern")  # whichever a case has
 # What must agree before the times of two records say something about the code.
 CONDITIONS = ("device", "processor", "instruction set", "threads", "settings")
 
@@ -21,6 +21,14 @@ class Measured:
     minimum_us: float
     median_us: float
     peak_extra_bytes: int | None = None
+    seconds_per_sample: float | None = None  # from the median, where a case has documents, pictures, ...
+
+    @property
+    def least_seconds_per_sample(self) -> float | None:
+        """From the minimum, as all other times."""
+        if self.seconds_per_sample is None:
+            return None
+        return self.seconds_per_sample * self.minimum_us / self.median_us
 
     @property
     def spread(self) -> float:
@@ -57,8 +65,8 @@ class RecordedCase:
 
     @property
     def reference(self) -> str | None:
-        """The peer that ratios are taken against: eager, or the first one of a case without it."""
-        return REFERENCE if REFERENCE in self.peers else next(iter(self.peers), None)
+        """The peer that ratios are taken against: one of REFERENCES, or the first one of a case without them."""
+        return next((name for name in (*REFERENCES, *self.peers) if name in self.peers), None)
 
     def times_as_fast_as(self, peer: str) -> float:
         return self.contenders[peer].minimum_us / self.contenders[self.ours].minimum_us
@@ -132,16 +140,25 @@ class Record:
             ("date", self.facts.get("date")),
             ("commit", self.facts.get("commit")),
             ("measured on", self.facts.get("device")),
+            ("size", self.facts.get("size")),
             ("processor", devices.get("cpu")),
             ("instruction set", devices.get("cpu_isa")),
             ("GPUs", ", ".join(map(str, devices["cuda"])) or "none" if "cuda" in devices else None),
+            *([("driver", self.facts["driver"])] if self.facts.get("driver") else []),
             ("threads", self.facts.get("threads")),
             ("caches", " and ".join(caches) or None),
             ("allocator", self.allocator),
             ("OMP_WAIT_POLICY", (self.facts.get("settings") or {}).get("OMP_WAIT_POLICY")),
             ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else None),
         ]
+        if self.facts.get("torch_compile") is False:
+            facts.append(("torch.compile", "left out of this run"))
         return [(name, "not recorded" if value is None else str(value)) for name, value in facts]
+
+    def problems(self) -> list[str]:
+        """Sentences on what was wrong, and on what could not run here."""
+        wrong = [f"WRONG: {what}: {error}" for what, error in (self.facts.get("errors") or {}).items()]
+        return wrong + [f"Not run: {name}: {reason}" for name, reason in (self.facts.get("not_here") or {}).items()]
 
 
 def parse_record(name: str, text: str) -> Record:
@@ -161,7 +178,12 @@ def parse_record(name: str, text: str) -> Record:
 def _parse_case(name: str, number: int, case: dict[str, Any]) -> RecordedCase:
     try:
         contenders = {
-            contender: Measured(float(values["minimum_us"]), float(values["median_us"]), values.get("peak_extra_bytes"))
+            contender: Measured(
+                float(values["minimum_us"]),
+                float(values["median_us"]),
+                values.get("peak_extra_bytes"),
+                values.get("seconds_per_sample"),
+            )
             for contender, values in case["contenders"].items()
         }
         operator, label = case["operator"], case["case"]

@@ -10,13 +10,21 @@ from benchmarks.reporting.charts import bar_chart, roofline, trend_chart
 from benchmarks.reporting.history import Trend, committed_versions, trends
 from benchmarks.reporting.records import Record, load_record
 from benchmarks.reporting.static import static_report
-from benchmarks.reporting.tables import Table, boundary_table, markdown_text, operator_table, summary, times
+from benchmarks.reporting.tables import (
+    Table,
+    absent_peers,
+    boundary_table,
+    markdown_text,
+    operator_table,
+    summary,
+    times,
+)
 from dreamllm.inference.page import escape, html_page
 
 TITLE = "Benchmarks of dreamkernels"
 LEAD = (
-    "Times are the best of many rounds in microseconds, contenders taking turns in one process. In brackets: how many "
-    "times as fast ours is. Only ratios within one record mean something on a shared machine."
+    "Times are the best of many rounds, contenders taking turns in one process. In brackets: how many times as fast "
+    "ours is. Only ratios within one record mean something on a shared machine."
 )
 SPEED = (
     "“Of copy bandwidth” compares with a copy of as many bytes as the case must move, timed in the same rounds; with "
@@ -30,6 +38,7 @@ h1 { margin-bottom: 0.4rem; }
 h2 { font-size: 1.4rem; margin: 4rem 0 0.6rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2.6rem 0 0.5rem; }
 .lead, .note { color: var(--muted); max-width: 46rem; margin: 0 0 1.2rem; }
+.problem { color: var(--bad); max-width: 46rem; margin: 0 0 0.6rem; }
 .lead { font-size: 1.12rem; } .note { font-size: 0.95rem; }
 nav { display: flex; flex-wrap: wrap; gap: 0 1.3rem; font: 0.92rem/1.7 var(--label); }
 a { color: var(--accent); text-underline-offset: 0.15em; }
@@ -127,9 +136,10 @@ def as_markdown(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str
     for section in sections:
         record = section.record
         blocks += [f"## {markdown_text(record.name)}", Table(["measured", ""], record.environment()).markdown()]
-        blocks.append(summary(record).markdown())
+        blocks += [*map(markdown_text, record.problems()), summary(record).markdown()]
         for operator, cases in record.operators.items():
             blocks += [f"### {markdown_text(operator)}", operator_table(cases).markdown()]
+            blocks += [markdown_text(" ".join(absent_peers(cases)))] if absent_peers(cases) else []
         for name, rows in record.boundary_us.items():
             blocks += [f"### {markdown_text(name)}: cost of a call", boundary_table(rows).markdown()]
         blocks += ["### History", markdown_text(section.history)]
@@ -162,7 +172,9 @@ def as_html(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
 def _record_html(section: Section, anchor: str) -> str:
     record = section.record
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in record.environment())
-    parts = [f"<h2>{escape(record.name)}</h2><dl>{facts}</dl>", _table_html(summary(record))]
+    parts = [f"<h2>{escape(record.name)}</h2><dl>{facts}</dl>"]
+    parts += [f'<p class="problem">{escape(sentence)}</p>' for sentence in record.problems()]
+    parts.append(_table_html(summary(record)))
     if drawn := roofline(record):
         svg, legend = drawn
         parts.append(
@@ -170,6 +182,8 @@ def _record_html(section: Section, anchor: str) -> str:
         )
     for operator, cases in record.operators.items():
         parts.append(f"<h3>{escape(operator)}</h3>{_table_html(operator_table(cases))}")
+        if absent := absent_peers(cases):
+            parts.append(f'<p class="note">{escape(" ".join(absent))}</p>')
         if chart := bar_chart(cases):
             parts.append(f'<p class="note">{BARS}</p><div class="wide">{chart}</div>')
         if rows := record.boundary_us.get(operator):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.reporting.records import Record, RecordedCase, geometric_mean
+from benchmarks.reporting.records import Measured, Record, RecordedCase, geometric_mean
 
 NOTHING = "-"
 
@@ -55,44 +55,74 @@ def summary(record: Record) -> Table:
 
 
 def operator_table(cases: Sequence[RecordedCase]) -> Table:
-    """Minimum microseconds of every contender, in brackets how many times as fast ours is."""
-    peers = peers_of(cases)
+    """Of every contender the least time, or the time per sample where cases count samples; in brackets how many times
+    as fast ours is. Peers that were timed nowhere are in `absent_peers`; columns without a figure are left out."""
+    peers = [peer for peer in peers_of(cases) if any(peer in case.peers for case in cases)]
     ours = cases[0].ours
     mixed = len({case.caches for case in cases}) > 1
-    memory = any(measured.peak_extra_bytes is not None for case in cases for measured in case.contenders.values())
-    header = ["case", f"{ours}, us", "median over minimum", *(f"{peer}, us" for peer in peers), "of copy bandwidth",
-              "GFLOP/s", *(["memory, MB"] if memory else [])]  # fmt: skip
-    rows = []
-    for case in cases:
-        measured = case.contenders[case.ours]
-        share, gflops = case.share_of_copy_bandwidth(case.ours), case.gflops(case.ours)
-        rows.append(
-            [
-                f"{case.label}, {case.caches or 'unknown'} caches" if mixed else case.label,
-                microseconds(measured.minimum_us),
-                f"+{100 * (measured.median_us / measured.minimum_us - 1):.0f}%",
-                *(_peer_cell(case, peer) for peer in peers),
-                NOTHING if share is None else f"{100 * share:.0f}%",
-                NOTHING if gflops is None else f"{gflops:,.3g}" if gflops < 1000 else f"{gflops:,.0f}",
-                *([_memory_cell(case)] if memory else []),
-            ]
-        )
-    return Table(header, rows)
+    unit = "ms per sample" if _counts_samples(cases) else "us"
+    columns: dict[str, list[str]] = {
+        "case": [f"{case.label}, {case.caches or 'unknown'} caches" if mixed else case.label for case in cases],
+        f"{ours}, {unit}": [_time_cell(case, ours) for case in cases],
+    }
+    if _counts_samples(cases):
+        columns["samples per second"] = [_samples_per_second(case.contenders[ours]) for case in cases]
+    columns["median over minimum"] = [
+        f"+{100 * (case.contenders[ours].median_us / case.contenders[ours].minimum_us - 1):.0f}%" for case in cases
+    ]
+    columns |= {f"{peer}, {unit}": [_peer_cell(case, peer) for case in cases] for peer in peers}
+    columns["of copy bandwidth"] = [_share_cell(case) for case in cases]
+    columns["GFLOP/s"] = [_gflops_cell(case) for case in cases]
+    columns |= {f"memory of {name}, MB": [_memory_cell(case, name) for case in cases] for name in (ours, *peers)}
+    kept = {name: cells for name, cells in columns.items() if any(cell != NOTHING for cell in cells)}
+    return Table(list(kept), list(zip(*kept.values(), strict=True)))
+
+
+def absent_peers(cases: Sequence[RecordedCase]) -> list[str]:
+    """A sentence for each peer that was timed in no case, with its reasons."""
+    sentences = []
+    for peer in peers_of(cases):
+        if not any(peer in case.peers for case in cases):
+            reasons = dict.fromkeys(case.failures[peer] for case in cases if peer in case.failures)
+            sentences.append(f"{peer}: {'; '.join(reasons)}.")
+    return sentences
+
+
+def _counts_samples(cases: Sequence[RecordedCase]) -> bool:
+    return all(measured.seconds_per_sample for case in cases for measured in case.contenders.values())
+
+
+def _time_cell(case: RecordedCase, contender: str) -> str:
+    measured = case.contenders[contender]
+    if seconds := measured.least_seconds_per_sample:
+        return f"{1e3 * seconds:,.1f}"
+    return microseconds(measured.minimum_us)
+
+
+def _samples_per_second(measured: Measured) -> str:
+    seconds = measured.least_seconds_per_sample
+    return f"{1 / seconds:,.2f}" if seconds else NOTHING
 
 
 def _peer_cell(case: RecordedCase, peer: str) -> str:
     if peer in case.peers:
-        return f"{microseconds(case.contenders[peer].minimum_us)} ({times(case.times_as_fast_as(peer))})"
-    return f"failed: {case.failures[peer]}" if peer in case.failures else NOTHING
+        return f"{_time_cell(case, peer)} ({times(case.times_as_fast_as(peer))})"
+    return f"not timed: {case.failures[peer]}" if peer in case.failures else NOTHING
 
 
-def _memory_cell(case: RecordedCase) -> str:
-    held = case.contenders[case.ours].peak_extra_bytes
-    reference = case.contenders[case.reference].peak_extra_bytes if case.reference else None
-    if held is None:
-        return NOTHING
-    beside = f" ({case.reference}: {reference / 1e6:,.1f})" if reference is not None else ""
-    return f"{held / 1e6:,.1f}{beside}"
+def _share_cell(case: RecordedCase) -> str:
+    share = case.share_of_copy_bandwidth(case.ours) if case.bytes_moved else None
+    return NOTHING if share is None else f"{100 * share:.0f}%"
+
+
+def _gflops_cell(case: RecordedCase) -> str:
+    gflops = case.gflops(case.ours)
+    return NOTHING if gflops is None else f"{gflops:,.3g}" if gflops < 1000 else f"{gflops:,.0f}"
+
+
+def _memory_cell(case: RecordedCase, contender: str) -> str:
+    held = case.contenders[contender].peak_extra_bytes if contender in case.contenders else None
+    return NOTHING if held is None else f"{held / 1e6:,.1f}"
 
 
 def boundary_table(rows: dict[str, float]) -> Table:

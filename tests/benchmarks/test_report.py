@@ -17,7 +17,7 @@ from benchmarks.reporting.history import committed_versions, trends
 from benchmarks.reporting.records import load_record, parse_record
 from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
 from benchmarks.reporting.static import static_report
-from benchmarks.reporting.tables import markdown_text, microseconds, operator_table, times
+from benchmarks.reporting.tables import absent_peers, markdown_text, microseconds, operator_table, times
 from benchmarks.running import run
 from tests.support.benchmark_records import make_record, scaled
 
@@ -164,8 +164,51 @@ def test_what_a_record_lacks_is_said(tmp_path):
     html, markdown = page_of(tmp_path, record)
     assert "not recorded" in html
     assert "Roofline" not in html
-    assert "failed: RuntimeError: no such thing" in markdown
+    assert "flash: RuntimeError: no such thing." in markdown
     assert "No history:" in html
+
+
+def test_a_peer_that_was_timed_somewhere_has_a_column_with_reasons(tmp_path):
+    record = make_record(operators=("rms_norm",))
+    first, second = record["cases"]
+    first["failures"] = {"liger": "needs a GPU", "cut": "not installed"}
+    second["failures"] = {"cut": "not installed"}
+    second["contenders"]["liger"] = {"minimum_us": 3.0, "median_us": 4.0}
+    cases = parse_record("r", json.dumps(record)).cases
+    table = operator_table(cases)
+    assert "liger, us" in table.header
+    assert not any("cut" in name for name in table.header)
+    assert "not timed: needs a GPU" in table.rows[0]
+    assert absent_peers(cases) == ["cut: not installed."]
+
+
+def test_samples_memory_and_reference_of_a_workload():
+    """The pattern is what ratios are taken against, not our own second way that comes before it."""
+    contenders = {
+        "ours": {"minimum_us": 8e5, "median_us": 1e6, "seconds_per_sample": 0.125, "peak_extra_bytes": 5_000_000},
+        "ours, slower": {"minimum_us": 9e5, "median_us": 1e6, "seconds_per_sample": 0.2, "peak_extra_bytes": 2_000_000},
+        "original pattern": {"minimum_us": 2e6, "median_us": 2e6, "seconds_per_sample": 0.25},
+    }
+    case = {"operator": "mini stage2", "case": "8 documents", "bytes_moved": 0, "flops": 0, "copy_minimum_us": 1.0}
+    (read,) = parse_record("r", json.dumps({"cases": [case | {"contenders": contenders}]})).cases
+    assert read.reference == "original pattern"
+    table = operator_table([read])
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert cells["ours, ms per sample"] == "100.0"
+    assert cells["samples per second"] == "10.00"
+    assert cells["original pattern, ms per sample"] == "250.0 (2.50x)"
+    assert cells["memory of ours, MB"] == "5.0"
+    assert cells["memory of ours, slower, MB"] == "2.0"
+    assert not {"of copy bandwidth", "GFLOP/s", "memory of original pattern, MB"} & set(cells)
+
+
+def test_what_was_wrong_is_on_the_page(tmp_path):
+    told = {"errors": {"swiglu [8, 64]": "AssertionError: differ"}, "not_here": {"dreamllm": "on the CPU only"}}
+    html, markdown = page_of(tmp_path, make_record() | told)
+    for text in (html, markdown):
+        assert "AssertionError: differ" in text
+        assert "Not run: dreamllm: on the CPU only" in text
+    assert 'class="problem"' in html
 
 
 def test_limits_are_drawn_only_where_measured(tmp_path):
@@ -287,4 +330,6 @@ def test_committed_records_make_a_page(tmp_path):
     page = Page(html.read_text())
     for path in paths:
         for case in load_record(path).cases:
-            assert microseconds(case.contenders[case.ours].minimum_us) in page.cells
+            ours = case.contenders[case.ours]
+            seconds = ours.least_seconds_per_sample
+            assert (f"{1e3 * seconds:,.1f}" if seconds else microseconds(ours.minimum_us)) in page.cells
