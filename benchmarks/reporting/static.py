@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.tables import Table
+from benchmarks.reporting.tables import NOTHING, Table
 
 BASELINES = Path(__file__).resolve().parent.parent.parent / "dreamkernels" / "report"
 
@@ -22,7 +22,8 @@ def static_report(architecture: str, folder: Path = BASELINES) -> tuple[Table, s
     for name, kernel in baseline["kernels"].items():
         source, rest = name.split(" ", 1)
         families.setdefault(f"{re.split(r'[<. ]', rest)[0]} ({source})", []).append(kernel)
-    header = ["kernel", "configurations", "registers", "shared memory, KiB", "blocks per SM", "16-byte accesses"]
+    header = ["kernel", "configurations", "registers", "shared memory, KiB", "blocks per SM", "16-byte accesses",
+              "tensor cores"]  # fmt: skip
     rows = [
         [
             name,
@@ -31,6 +32,7 @@ def static_report(architecture: str, folder: Path = BASELINES) -> tuple[Table, s
             _range([round(kernel["shared_bytes"] / 1024, 1) for kernel in kernels]),
             _range([kernel["blocks_per_sm"] for kernel in kernels]),
             f"{sum(any('16 B' in kind for kind in k['global_accesses']) for k in kernels)} of {len(kernels)}",
+            _of(sum("tensor_core" in kernel for kernel in kernels), len(kernels)),
         ]
         for name, kernels in sorted(families.items())
     ]
@@ -42,6 +44,10 @@ def static_report(architecture: str, folder: Path = BASELINES) -> tuple[Table, s
         "Line by line: python -m dreamkernels report."
     )
     return Table(header, rows), note
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total}" if count else NOTHING
 
 
 def _range(values: list[float]) -> str:

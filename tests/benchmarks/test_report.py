@@ -305,6 +305,9 @@ def test_static_report_has_every_kernel_of_the_baseline(tmp_path):
     table, note = static_report("sm_80")
     configurations = sum(int(row[1]) for row in table.rows)
     assert f"{configurations} compiled configurations for sm_80" in note
+    used = {row[0]: row[-1] for row in table.rows}
+    assert used["decode_attention (triton)"] not in ("-", "0")
+    assert used["rms_norm (triton)"] == "-"
     assert static_report("sm_80", tmp_path) is None
 
 
