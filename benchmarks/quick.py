@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
-    "operators": ("operators", "--seconds", "0.6", "--rounds", "40"),
-    "models": ("dreamllm", "--no-compile", "--rounds", "3", "--seconds", "1"),
+    "operators": ("operators", "--seconds", "1", "--rounds", "60"),
+    "models": ("dreamllm", "--no-compile", "--rounds", "5", "--seconds", "10"),
 }
 
 
