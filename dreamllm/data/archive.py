@@ -99,7 +99,7 @@ class Archive:
             members = place.sample(within)
         else:
             assert self._index is not None
-            members = self._index.sample(place, within)
+            members = self._index.table(place).sample(within)
         return TarSample(self.tars[tar], self._stamps[tar], members)
 
     def _count(self, place: int | SampleTable) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,26 @@ from dreamllm.documents.formats import Mode
 
 FindPicture = Callable[[str], PictureSource | None]
 """`image_name` -> the picture, or None when it is not there."""
+
+
+@dataclass(frozen=True)
+class PlacedPicture:
+    """A picture with the text that it follows and its entry in `image_info`."""
+
+    index: int
+    info: dict[str, Any]
+    source: PictureSource
+
+
+@dataclass(frozen=True)
+class Content:
+    """An interleaved document before it is arranged: its JSON, texts, usable pictures, and what was left out."""
+
+    values: dict[str, Any]
+    texts: list[str]
+    pictures: list[PlacedPicture]
+    name: str
+    remarks: list[tuple[str, str]]
 
 
 class InterleavedReader(Reader):
@@ -44,34 +65,48 @@ class InterleavedReader(Reader):
         """The JSON of document `index`, how to find its pictures, and its name. Raises `BadSampleError`."""
 
     def document(self, index: int, epoch: int = 0) -> Document:
+        content = self.content(index)
+        placed = [(picture.index, picture.source) for picture in content.pictures]
+        if self.template is None:
+            made = interleaved(content.texts, placed, self.mode, content.name)
+        else:
+            instruction = content.values.get("instruction")
+            if not isinstance(instruction, str) or not instruction.strip():
+                raise BadSampleError("malformed", f"{content.name} has no instruction")
+            text = valid_text(instruction.strip(), content.name)
+            made = instruction_interleaved(text, content.texts, placed, self.template, self.mode, content.name)
+        return Document(made.parts, made.overflow, made.name, tuple(content.remarks))
+
+    def content(self, index: int) -> Content:
+        """The checked content of document `index`, before a mode is chosen. Raises `BadSampleError`."""
         values, find, name = self.values(index)
         if not isinstance(values, dict):
             raise BadSampleError("malformed", f"{name} is not a JSON object")
         try:
-            return self._document(values, find, name)
+            content = self._content(values, find, name)
         except BadSampleError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise BadSampleError("malformed", f"{name}: {type(error).__name__}: {error}") from error
+        self._screen.check_count(len(content.pictures), name)
+        if not content.pictures and not any(text.strip() for text in content.texts):
+            raise BadSampleError("empty_caption", f"{name} has neither text nor pictures")
+        return content
 
-    def _document(self, values: dict[str, Any], find: FindPicture, name: str) -> Document:
+    def _content(self, values: dict[str, Any], find: FindPicture, name: str) -> Content:
         texts = [_string(text, name) for text in values["text_list"]]
         self._screen.check_text(" ".join(texts), name)
         self._screen.check_metadata(values, name)
         self._screen.check_listed((name, name.rpartition(":")[2]), name)
-        remarks: list[tuple[str, str]] = []
-        placed = []
+        content = Content(values, texts, [], name, [])
         for info in values.get("image_info") or []:
             index = int(info["matched_text_index"])
             if not 0 <= index < len(texts):
                 raise ValueError(f"a picture is matched with text {index}, but there are only {len(texts)} texts")
-            source = self._picture(info, find, name, remarks)
+            source = self._picture(info, find, name, content.remarks)
             if source is not None:
-                placed.append((index, source))
-        self._screen.check_count(len(placed), name)
-        if not placed and not any(text.strip() for text in texts):
-            raise BadSampleError("empty_caption", f"{name} has neither text nor pictures")
-        return self._arranged(values, texts, placed, name, tuple(remarks))
+                content.pictures.append(PlacedPicture(index, info, source))
+        return content
 
     def _picture(
         self, info: dict[str, Any], find: FindPicture, name: str, remarks: list[tuple[str, str]]
@@ -92,23 +127,6 @@ class InterleavedReader(Reader):
             remarks.append(("filtered_picture", str(error)))
             return None
         return source
-
-    def _arranged(
-        self,
-        values: dict[str, Any],
-        texts: list[str],
-        placed: list[tuple[int, PictureSource]],
-        name: str,
-        remarks: tuple[tuple[str, str], ...],
-    ) -> Document:
-        if self.template is None:
-            made = interleaved(texts, placed, self.mode, name)
-        else:
-            instruction = _string(values["instruction"], name).strip()
-            if not instruction:
-                raise BadSampleError("empty_caption", f"{name} has an empty instruction")
-            made = instruction_interleaved(instruction, texts, placed, self.template, self.mode, name)
-        return Document(made.parts, made.overflow, made.name, remarks)
 
     def describe(self) -> dict[str, Any]:
         values = {**super().describe(), "mode": self.mode}

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ Layout = Literal["pairs", "interleaved"]
 
 FORMAT = "dreamllm tar index 1"
 SUFFIX = "dreamllm-index"
-_LOOKUPS_BEFORE_RELEASE = 256
 _ARRAYS: dict[str, np.dtype[Any]] = {
     "members": np.dtype("<u8"),
     "names": np.dtype("<u4"),
@@ -41,28 +40,49 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
 _SAFETENSORS_NAMES = {"members": "U64", "names": "U32", "samples": "U32", "text": "U8"}
 
 
+class StoredArray:
+    """An array in a file, of which only slices are read."""
+
+    def __init__(self, descriptor: int, offset: int, rows: int, dtype: np.dtype[Any], width: int = 1) -> None:
+        self.descriptor, self.offset, self.rows, self.dtype, self.width = descriptor, offset, rows, dtype, width
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.rows)
+        row_bytes = self.dtype.itemsize * self.width
+        data = os.pread(self.descriptor, max(0, stop - start) * row_bytes, self.offset + start * row_bytes)
+        array = np.frombuffer(data, self.dtype)
+        return array if self.width == 1 else array.reshape(-1, self.width)
+
+
 @dataclass(frozen=True)
 class SampleTable:
-    """The samples of one tar, each some of its members, as arrays (see the module's head)."""
+    """The samples of one tar, each some of its members, as arrays (see the module's head), in memory or in a file."""
 
-    members: np.ndarray
-    names: np.ndarray
-    samples: np.ndarray
-    text: np.ndarray
+    members: np.ndarray | StoredArray
+    names: np.ndarray | StoredArray
+    samples: np.ndarray | StoredArray
+    text: np.ndarray | StoredArray
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def sample(self, index: int) -> tuple[Member, ...]:
         """The members of a sample in order."""
-        first = int(self.samples[index - 1]) if index else 0
-        stop = int(self.samples[index])
-        where = self.members[first:stop].tolist()
-        ends = self.names[first:stop].tolist()
-        begin = int(self.names[first - 1]) if first else 0
+        first, stop = _bounds(self.samples, index, index + 1)
+        begin, *ends = _bounds(self.names, first, stop)
         text = self.text[begin : ends[-1]].tobytes()
-        starts = [0, *(end - begin for end in ends)]
-        return tuple(Member(text[starts[i] : starts[i + 1]], offset, size) for i, (offset, size) in enumerate(where))
+        where = self.members[first:stop].tolist()
+        return tuple(
+            Member(text[name_start - begin : name_end - begin], offset, size)
+            for name_start, name_end, (offset, size) in zip((begin, *ends), ends, where, strict=False)
+        )
+
+    def loaded(self) -> SampleTable:
+        """The same table in memory."""
+        return SampleTable(self.members[:], self.names[:], self.samples[:], self.text[:])
 
     @staticmethod
     def of(groups: Iterable[Sequence[Member]]) -> SampleTable:
@@ -85,6 +105,11 @@ class SampleTable:
         )
 
 
+def _bounds(ends: np.ndarray | StoredArray, first: int, stop: int) -> list[int]:
+    """Where item `first` begins, and the ends of the items up to `stop`, from an array of ends."""
+    return ends[first - 1 : stop].tolist() if first else [0, *ends[0:stop].tolist()]
+
+
 Grouping = Callable[[Iterable[Member | Damage]], list[list[Member]]]
 
 
@@ -103,21 +128,21 @@ class _IndexedTar:
 
 
 class TarIndex:
-    """An index file, mapped into memory when first used.
+    """An index file, from which only what is asked for is read: its size costs no memory.
 
-    Pages that were looked at are given back to the system from time to time, so that the resident memory stays small
-    however large the index is. Raises `ValueError` for a file that is not such an index or is cut short.
+    Each process that reads keeps it open, so that replacing it disturbs nobody. (Mapped into memory it would grow the
+    resident memory by up to 2 MiB per place that is looked at.) Raises `ValueError` for a file that is not such an
+    index or is cut short.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tars, self._begin, self._total = _read_header(path)
-        self._arrays: SampleTable | None = None
-        self._mapping: mmap.mmap | None = None
-        self._lookups = 0
+        with open(path, "rb") as file:
+            self.tars, self._begin, self._rows = _read_header(path, file)
+        self._descriptor: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_arrays": None, "_mapping": None}
+        return {**vars(self), "_descriptor": None}
 
     def numbers(self, root: Path | None) -> dict[tuple[str, tuple[int, int]], int]:
         """Number of each tar by identity and stamp."""
@@ -125,35 +150,26 @@ class TarIndex:
         base = root if root.is_dir() else root.parent
         return {(identity(base / tar.path), tar.stamp): number for number, tar in enumerate(self.tars)}
 
-    def sample(self, tar: int, index: int) -> tuple[Member, ...]:
-        members = self.table(tar).sample(index)
-        self._lookups += 1
-        if self._lookups % _LOOKUPS_BEFORE_RELEASE == 0 and self._mapping is not None:
-            self._mapping.madvise(mmap.MADV_DONTNEED)
-        return members
-
     def table(self, tar: int) -> SampleTable:
-        """Views of one tar's arrays."""
-        arrays, place = self._mapped(), self.tars[tar]
-        slices = {name: slice(place.first[name], place.first[name] + place.count[name]) for name in _ARRAYS}
-        return SampleTable(**{name: getattr(arrays, name)[where] for name, where in slices.items()})
+        """The samples of one tar. Raises `ValueError` when the file was replaced before it was first read."""
+        descriptor, place = self._opened(), self.tars[tar]
+        arrays = {}
+        begin = self._begin
+        for name, dtype in _ARRAYS.items():
+            row_bytes = dtype.itemsize * _width(name)
+            offset = begin + place.first[name] * row_bytes
+            arrays[name] = StoredArray(descriptor, offset, place.count[name], dtype, _width(name))
+            begin += self._rows[name] * row_bytes
+        return SampleTable(**arrays)
 
-    def _mapped(self) -> SampleTable:
-        if self._arrays is None:
+    def _opened(self) -> int:
+        if self._descriptor is None:
             with open(self.path, "rb") as file:
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if (again := _read_header(self.path)) != (self.tars, self._begin, self._total):
-                raise ValueError(
-                    f"the index {self.path} was replaced after it was opened ({len(again[0])} tars); start again"
-                )
-            arrays = {}
-            begin = self._begin
-            for name, dtype in _ARRAYS.items():
-                arrays[name] = np.frombuffer(self._mapping, dtype, self._total[name] * _width(name), begin)
-                begin += arrays[name].nbytes
-            arrays["members"] = arrays["members"].reshape(-1, 2)
-            self._arrays = SampleTable(**arrays)
-        return self._arrays
+                if _read_header(self.path, file) != (self.tars, self._begin, self._rows):
+                    raise ValueError(f"the index {self.path} was replaced after it was opened; start again")
+                self._descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._descriptor)
+        return self._descriptor
 
 
 def find_index(root: Path, layout: Layout, folder: Path | None = None) -> TarIndex | None:
@@ -161,11 +177,9 @@ def find_index(root: Path, layout: Layout, folder: Path | None = None) -> TarInd
 
     A file that cannot be used is told by a warning and counts as none.
     """
-    places = (
-        [cached_index_path(root, layout, folder)]
-        if folder
-        else [index_path(root, layout), cached_index_path(root, layout)]
-    )
+    places = [cached_index_path(root, layout, folder)]
+    if folder is None:
+        places.insert(0, index_path(root, layout))
     for path in places:
         if path.is_file():
             try:
@@ -210,7 +224,7 @@ def write_index(
         number = known.get((identity(tar), now))
         if number is not None:
             assert before is not None
-            return before.table(number), now
+            return before.table(number).loaded(), now
         return SampleTable.of(group(walk(tar))), now
 
     with _IndexWriter(path) as writer, ThreadPoolExecutor(threads) as pool:
@@ -257,7 +271,7 @@ class _IndexWriter:
         count = {name: len(getattr(table, name)) for name in _ARRAYS}
         self.tars.append({"path": path, "stamp": stamp, "first": dict(self.counts), "count": count})
         for name in _ARRAYS:
-            getattr(table, name).tofile(self.parts[name])
+            self.parts[name].write(getattr(table, name)[:].tobytes())
             self.counts[name] += count[name]
 
     def finish(self) -> None:
@@ -282,13 +296,12 @@ class _IndexWriter:
         self.beside.replace(self.path)
 
 
-def _read_header(path: Path) -> tuple[list[_IndexedTar], int, dict[str, int]]:
+def _read_header(path: Path, file: BinaryIO) -> tuple[list[_IndexedTar], int, dict[str, int]]:
     """The tars, where the arrays begin, and how many rows each has."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length)) if length <= size else {}
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        header = json.loads(file.read(length)) if length <= size else {}
         metadata = header["__metadata__"]
         if metadata["format"] != FORMAT:
             raise ValueError(metadata["format"])
