@@ -5,6 +5,7 @@ A subcommand is a function or a group of functions: `dreamllm train digits --out
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
 from dreamllm.data.command import index
+from dreamllm.evaluation.command import evaluate
 from dreamllm.inference.command import chat, generate
 from dreamllm.model.command import assemble, convert
 from dreamllm.monitoring.command import report
@@ -48,6 +50,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
+    "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),
     "profile": Command(profile),
@@ -94,7 +97,9 @@ def _parser_of(command: Command) -> ArgumentParser:
     sub.add_argument("--config", action="config", help="YAML file with the options of this command")
     sub.add_function_arguments(function, as_positional=False, skip=set(command.positional))
     for argument in command.positional:
-        sub.add_argument(argument, type=get_type_hints(function)[argument], help=documented[argument])
+        default = inspect.signature(function).parameters[argument].default
+        optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}
+        sub.add_argument(argument, type=get_type_hints(function)[argument], help=documented[argument], **optional)
     return sub
 
 

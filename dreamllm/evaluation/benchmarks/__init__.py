@@ -1,0 +1,36 @@
+"""The benchmarks as data, one file per family."""
+
+from dreamllm.evaluation.benchmarks.base import (
+    PROTOCOLS,
+    AnswerBenchmark,
+    Benchmark,
+    Decoding,
+    Drawing,
+    Figure,
+    PictureBenchmark,
+    PictureSample,
+    Probe,
+    Prompting,
+    Protocol,
+    Sample,
+    Scores,
+)
+from dreamllm.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark
+
+__all__ = [
+    "BENCHMARKS",
+    "PROTOCOLS",
+    "AnswerBenchmark",
+    "Benchmark",
+    "Decoding",
+    "Drawing",
+    "Figure",
+    "PictureBenchmark",
+    "PictureSample",
+    "Probe",
+    "Prompting",
+    "Protocol",
+    "Sample",
+    "Scores",
+    "find_benchmark",
+]

@@ -1,0 +1,97 @@
+"""`dreamllm evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dreamllm.evaluation.benchmarks import BENCHMARKS, Protocol, find_benchmark
+from dreamllm.evaluation.records import Shard
+from dreamllm.evaluation.run import REPORT_FILE, Results, RunOptions, run_benchmark
+from dreamllm.training.progress import quiet_transformers
+
+LIST_WIDTH = 160
+"""Of the table where no terminal tells its own width."""
+
+
+def evaluate(
+    benchmark: str = "",
+    model: Path | None = None,
+    data: Path | None = None,
+    out: Path | None = None,
+    protocol: Protocol = "original",
+    limit: int | None = None,
+    batch_size: int = 8,
+    processes: int = 1,
+    shard: str = "0/1",
+    judge: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    list: bool = False,
+) -> None:
+    """Evaluates a model on a benchmark. Rerun the same command to resume.
+
+    Args:
+        benchmark: name of the benchmark; see --list.
+        model: a model folder.
+        data: folder with the benchmark's files; see --list.
+        out: folder of the run; default: evaluation/BENCHMARK.
+        protocol: original asks as the original program does; plain asks in one line, greedily, in the model's template.
+        limit: evaluate on the first samples only.
+        batch_size: samples that are answered or drawn together.
+        processes: processes that share the samples out; with device cuda each has a GPU of its own.
+        shard: this part of the samples only, as INDEX/COUNT, where processes are started by other means.
+        judge: MODULE:FUNCTION that grades an answer of MM-Vet, called with question, accepted answers and answer.
+        device: cpu, cuda, cuda:1, ...
+        dtype: of the weights: float32, bfloat16 or float16.
+        list: show the benchmarks, what they need and what the paper reports.
+    """
+    if list:
+        show_list(Console())
+        return
+    if not benchmark:
+        raise ValueError("name a benchmark; --list shows them")
+    chosen = find_benchmark(benchmark)
+    if model is None or data is None:
+        missing = " and ".join(name for name, given in (("--model", model), ("--data", data)) if given is None)
+        raise ValueError(f"{chosen.title} needs {missing}; the data folder holds: {', '.join(chosen.files)}")
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"model folder {model} does not exist")
+    folder = out or Path("evaluation") / chosen.name
+    options = RunOptions(
+        model, data, folder, protocol, limit, batch_size, device, dtype, Shard.parse(shard), judge
+    )  # fmt: skip
+    with quiet_transformers():
+        results = run_benchmark(chosen, options, processes)
+    show_results(results, options, Console())
+
+
+def show_results(results: Results | None, options: RunOptions, console: Console) -> None:
+    """The figures, and where everything is."""
+    if results is None:
+        console.print(f"shard {options.shard.index} is complete; the results follow when all {options.shard.count} are")
+        return
+    for figure in results["figures"]:
+        shown = f"not run: {figure['reason']}" if figure["value"] is None else f"{figure['value']:.2f}"
+        console.print(f"{figure['name']:32} {shown}", markup=False, highlight=False)
+    paper = f"; the paper reports {results['paper']}" if results["paper"] else ""
+    console.print(f"{results['samples']} samples of {results['title']}, {results['split']}{paper}", markup=False)
+    console.print(f"report: {options.out / REPORT_FILE}", markup=False, soft_wrap=True)
+
+
+def show_list(console: Console) -> None:
+    """The benchmarks as a table."""
+    if not console.is_terminal:
+        console = Console(width=LIST_WIDTH, file=console.file)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("benchmark", "metric", "split", "files in the data folder", "paper"):
+        table.add_column(
+            name, justify="right" if name == "paper" else "left", no_wrap=name == "benchmark", overflow="fold"
+        )
+    for benchmark in BENCHMARKS.values():
+        files = "\n".join(benchmark.files)
+        table.add_row(benchmark.name, benchmark.metric, benchmark.split, files, benchmark.paper or "-")
+    console.print(table, markup=False)
