@@ -125,6 +125,8 @@ class Run:
         from benchmarks.printing import print_result
 
         arguments = self.arguments
+        if arguments.only and arguments.only not in f"{case.operator} {case.label}":
+            return
         try:
             result = measure(
                 case if arguments.compile else case.without_compiled(),
@@ -203,6 +205,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_missing(this.results)
     for what, error in this.errors.items():
         print(f"WRONG  {what}: {error}")
+    if arguments.only and not (this.results or this.errors):
+        print(f"no case has {arguments.only!r} in its name", file=sys.stderr)
+        return 2
     if arguments.record:
         path = ROOT / "results" / f"{arguments.record}.json"  # an absolute name stays what it is
         path.write_text(json.dumps(this.record(facts), indent=1) + "\n")
@@ -216,6 +221,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
     command = commands.add_parser("run", help="time operators and models against PyTorch and peers on this machine")
     command.add_argument("names", nargs="*", help=f"a family or a benchmark; default: all ({', '.join(available())})")
+    command.add_argument("--only", metavar="TEXT", help="cases with this in their name, such as stage2 or bfloat16")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
         "--size",

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import running
 from benchmarks.__main__ import main
-from benchmarks.harness import SIZES, Case, NotHereError
+from benchmarks.harness import SIZES, Case, NotHereError, _tensors
 from benchmarks.running import available, chosen, run
 
 OPERATORS = [name for name, path in available().items() if path.startswith("benchmarks.ops.")]
@@ -34,6 +34,24 @@ def test_cases_declare_what_they_do(name, size):
         assert len(case.contenders) > 1
         assert case.without_compiled().contenders.keys() <= case.contenders.keys()
         assert not any("compile" in contender for contender in case.without_compiled().contenders)
+
+
+# The others ask tensors for values, which those without contents cannot tell.
+WITHOUT_CONTENTS = sorted(
+    set(OPERATORS) - {"attention", "decode_attention", "guided_step", "linear_cross_entropy", "splice_embeddings"}
+)
+
+
+@pytest.mark.filterwarnings("ignore::dreamkernels.ops.operator.FallbackWarning")
+@pytest.mark.parametrize("name", WITHOUT_CONTENTS)
+def test_working_shapes_fit_each_other(name):
+    """Inputs and every contender at the 7b system's shapes, on tensors that take no memory."""
+    for case in chosen([name])[name].cases("meta", "working"):
+        inputs = case.make_inputs()
+        shapes = [
+            [tensor.shape for tensor in _tensors(call(*inputs))] for call in case.without_compiled().contenders.values()
+        ]
+        assert all(found == shapes[0] for found in shapes), case.label
 
 
 def test_families():
@@ -59,7 +77,7 @@ def test_a_benchmark_without_its_library_is_a_row(tmp_path, monkeypatch):
 
 def options(**changes):
     values = {"names": [], "device": "cpu", "size": None, "caches": "warm", "seconds": 0.01, "rounds": 5}
-    values |= {"threads": torch.get_num_threads(), "compile": True, "record": None}
+    values |= {"threads": torch.get_num_threads(), "compile": True, "record": None, "only": None}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -119,6 +137,14 @@ def test_a_benchmark_that_cannot_run_here_is_no_failure(tmp_path, monkeypatch):
     code, record = recorded(tmp_path, monkeypatch, {"e": module(elsewhere), "r": module(lambda d, s: [case("r")])})
     assert code == 0
     assert record["errors"] == {}
+
+
+def test_only_some_cases(tmp_path, monkeypatch):
+    modules = {"x": module(lambda device, size: [case("mini stage2"), case("mini stage3")])}
+    code, record = recorded(tmp_path, monkeypatch, modules, only="stage3")
+    assert code == 0
+    assert [found["operator"] for found in record["cases"]] == ["mini stage3"]
+    assert running.run(options(only="stage9")) == 2
 
 
 @pytest.mark.parametrize(("device", "wanted", "size"), [("cpu", None, "small"), ("cpu", "working", "working")])
