@@ -1,4 +1,4 @@
-"""Two records side by side, and a record held against a baseline.
+"""Two records side by side, and a record held against one or more of a baseline.
 
 How much two times must differ to mean something follows from the records. The spread s = ln(median / minimum) of a
 measurement says how far a usual round lies above the best one; spreads of independent measurements add in quadrature.
@@ -8,13 +8,24 @@ measurement says how far a usual round lies above the best one; spreads of indep
     gate     the ratio ours / reference, in the baseline and in the record, where reference is eager (or a case's first
              peer): worse if ln(ratio / ratio of the baseline) > max(noise, ln 1.05), noise from all four spreads
 
-Times are minima. Contenders of a run take turns, so a slow machine changes both sides of the gate's ratio.
+Times are minima. Contenders of a run take turns, so a slow machine changes both sides of the gate's ratio. Yet two runs
+of one commit differ by more than their spreads tell: memory lies elsewhere, and a shared machine slows down one more
+than the other. How much, only several runs of the baseline tell. With k of them
+
+    ratio of the baseline  the geometric mean of theirs
+    sigma of an operator   the deviation of its cases' ln ratio between the runs, pooled over the cases, or the usual
+                           deviation of all cases (1.48 times the median) where that is more
+    noise of a case        sqrt(spreads^2 + 9 sigma^2 (1 + 1/k)): three standard deviations
+    as a whole             the mean of ln(ratio / ratio of the baseline) over operators may not exceed
+                           max(3 sqrt(sum of sigma^2 (1 + 1/k)) / operators, ln 1.05): a slowdown that is too small to
+                           be seen in any one operator is seen in all of them together
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.reporting.records import CONDITIONS, Measured, Record, RecordedCase
@@ -87,20 +98,104 @@ def time_changes(a: Record, b: Record) -> list[Change]:
     return changes
 
 
-def ratio_changes(baseline: Record, record: Record) -> tuple[list[Change], list[RecordedCase]]:
+@dataclass(frozen=True)
+class Baseline:
+    """Ours over the reference in one case, in every run of the baseline that has it."""
+
+    case: RecordedCase
+    reference: str
+    logarithms: list[float]
+    squared_spread: float  # of their mean
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.logarithms)
+
+    @property
+    def deviations(self) -> list[float]:
+        return [value - self.mean for value in self.logarithms]
+
+
+def _baseline_of(runs: Sequence[RecordedCase], peers: Sequence[str]) -> Baseline | None:
+    """None where the runs share no peer with `peers`."""
+    first = runs[0]
+    candidates = [peer for peer in (first.reference, *first.peers) if peer in peers]
+    reference = next((str(p) for p in candidates if all(p in run.peers for run in runs)), None)
+    if reference is None:
+        return None
+    pairs = [(run.contenders[run.ours], run.contenders[reference]) for run in runs]
+    spread = sum(ours.spread**2 + peer.spread**2 for ours, peer in pairs) / len(pairs) ** 2
+    return Baseline(first, reference, [math.log(o.minimum_us / p.minimum_us) for o, p in pairs], spread)
+
+
+def deviations_between_runs(found: Sequence[Baseline]) -> dict[str, float]:
+    """Sigma by operator, from the cases that several runs have; empty where none has."""
+    several = [baseline for baseline in found if len(baseline.logarithms) > 1]
+    if not several:
+        return {}
+    scaled = []
+    pooled: dict[str, list[tuple[float, int]]] = {}
+    for baseline in several:
+        count = len(baseline.logarithms)
+        scaled += [abs(d) * math.sqrt(count / (count - 1)) for d in baseline.deviations]
+        squares = sum(d**2 for d in baseline.deviations)
+        pooled.setdefault(baseline.case.operator, []).append((squares, count - 1))
+    usual = 1.4826 * statistics.median(scaled)
+    return {
+        operator: max(usual, math.sqrt(sum(s for s, _ in rows) / sum(n for _, n in rows)))
+        for operator, rows in pooled.items()
+    }
+
+
+def ratio_changes(baselines: Sequence[Record], record: Record) -> tuple[list[Change], list[RecordedCase]]:
     """Ours over the reference, and the cases that have no peer in common."""
-    changes, alone = [], []
-    for before, after in _pairs(baseline, record):
-        shared = [peer for peer in (before.reference, *before.peers) if peer in after.peers]
-        if not shared:
-            alone.append(before)
+    now = {case.key: case for case in record.cases}
+    found, alone = [], []
+    for case in baselines[0].cases:
+        if case.key not in now:
             continue
-        reference = str(shared[0])
-        old, new = before.contenders, after.contenders
-        four = (old[before.ours], old[reference], new[after.ours], new[reference])
-        ratios = [ours.minimum_us / peer.minimum_us for ours, peer in (four[:2], four[2:])]
-        changes.append(Change(before, before.ours, *ratios, noise=noise(*four), reference=reference))
-    return changes, alone
+        runs = [other for run in baselines for other in run.cases if other.key == case.key]
+        baseline = _baseline_of(runs, now[case.key].peers)
+        if baseline is None:
+            alone.append(case)
+        else:
+            found.append(baseline)
+    sigmas = deviations_between_runs(found)
+    return [_change(baseline, now[baseline.case.key], sigmas) for baseline in found], alone
+
+
+def _change(baseline: Baseline, after: RecordedCase, sigmas: Mapping[str, float]) -> Change:
+    ours, peer = after.contenders[after.ours], after.contenders[baseline.reference]
+    between = 9 * sigmas.get(baseline.case.operator, 0.0) ** 2 * (1 + 1 / len(baseline.logarithms))
+    within = baseline.squared_spread + ours.spread**2 + peer.spread**2
+    return Change(
+        baseline.case,
+        baseline.case.ours,
+        math.exp(baseline.mean),
+        ours.minimum_us / peer.minimum_us,
+        noise=max(LEAST_NOISE, math.sqrt(within + between)),
+        reference=baseline.reference,
+    )
+
+
+def change_as_a_whole(
+    baselines: Sequence[Record], record: Record, changes: Sequence[Change]
+) -> tuple[float, float] | None:
+    """The mean change over operators and its bound, as logarithms. None with one run of the baseline."""
+    found = [
+        baseline
+        for case in baselines[0].cases
+        if (baseline := _baseline_of([o for run in baselines for o in run.cases if o.key == case.key], case.peers))
+    ]
+    sigmas = deviations_between_runs(found)
+    operators: dict[str, list[float]] = {}
+    for change in changes:
+        operators.setdefault(change.case.operator, []).append(math.log(change.ratio))
+    if not sigmas or not operators:
+        return None
+    mean = statistics.fmean(statistics.fmean(values) for values in operators.values())
+    variance = sum(sigmas.get(operator, 0.0) ** 2 for operator in operators) * (1 + 1 / len(baselines))
+    return mean, max(LEAST_NOISE, 3 * math.sqrt(variance) / len(operators))
 
 
 def compare_text(a: Record, b: Record) -> str:
@@ -140,19 +235,20 @@ def _counts(title: str, changes: list[Change]) -> list[str]:
     return [f"{title:5}: {counts}; median B/A {statistics.median(change.ratio for change in changes):.2f}x"]
 
 
-def gate(record: Record, baseline: Record) -> tuple[bool, str]:
+def gate(record: Record, *baselines: Record) -> tuple[bool, str]:
     """Whether the record passes, and the text that says why.
 
-    It fails where a ratio became worse, where the record lacks a case of an operator that it measured, and where
-    nothing could be compared. Operators that the record did not measure at all are named only. Raises ValueError where
-    the two were measured under different conditions.
+    It fails where a ratio became worse, or all of them together, where the record lacks a case of an operator that it
+    measured, and where nothing could be compared. Operators that the record did not measure at all are named only.
+    Raises ValueError where the records were measured under different conditions.
     """
-    different = different_conditions(baseline, record)
-    if different:
-        raise ValueError("the two records cannot be held against each other: " + "; ".join(different))
-    changes, alone = ratio_changes(baseline, record)
+    for baseline in baselines:
+        different = different_conditions(baseline, record)
+        if different:
+            raise ValueError("the records cannot be held against each other: " + "; ".join(different))
+    changes, alone = ratio_changes(baselines, record)
     worse = [change for change in changes if change.verdict == SLOWER]
-    missing = missing_cases(baseline, record)
+    missing = missing_cases(baselines[0], record)
     lost = [case for case in missing if case.operator in record.operators]
     lines = [f"worse: {change}" for change in sorted(worse, key=lambda change: -change.ratio)]
     lines += [f"missing: {case.name}" for case in lost]
@@ -160,17 +256,31 @@ def gate(record: Record, baseline: Record) -> tuple[bool, str]:
     unmeasured = sorted({case.operator for case in missing} - set(record.operators))
     if unmeasured:
         lines.append(f"not measured: {', '.join(unmeasured)}")
+    whole = change_as_a_whole(baselines, record, changes)
+    worse_as_a_whole = whole is not None and whole[0] > whole[1]
     if changes:
-        better = sum(change.verdict == FASTER for change in changes)
-        widest = max(changes, key=lambda change: change.noise)
-        lines.append(f"{len(changes)} ratios: {len(worse)} worse, {better} better, "
-                     f"{len(changes) - len(worse) - better} within noise; "
-                     f"widest bound {math.exp(widest.noise):.2f}x ({widest.case.name})")  # fmt: skip
-        blind = sum(change.noise > WIDE for change in changes)
-        if blind:
-            lines.append(f"{blind} bounds are wider than {math.exp(WIDE):.1f}x: measure longer or on a quieter machine")
+        lines += _counted(changes, len(worse))
+        if whole is None:
+            lines.append("one run of the baseline: how much runs of one commit differ is not in the bounds")
+        else:
+            lines.append(
+                f"{'worse ' if worse_as_a_whole else ''}as a whole: {math.exp(whole[0]):.2f}x, "
+                f"bound {math.exp(whole[1]):.2f}x"
+            )
     else:
         lines.append("no ratio could be compared")
-    passed = bool(changes) and not worse and not lost
+    passed = bool(changes) and not worse and not lost and not worse_as_a_whole
     lines.append("passed" if passed else "FAILED")
     return passed, "\n".join(lines)
+
+
+def _counted(changes: Sequence[Change], worse: int) -> list[str]:
+    better = sum(change.verdict == FASTER for change in changes)
+    widest = max(changes, key=lambda change: change.noise)
+    lines = [
+        f"{len(changes)} ratios: {worse} worse, {better} better, {len(changes) - worse - better} within noise; "
+        f"widest bound {math.exp(widest.noise):.2f}x ({widest.case.name})"
+    ]
+    if blind := sum(change.noise > WIDE for change in changes):
+        lines.append(f"{blind} bounds are wider than {math.exp(WIDE):.1f}x: measure longer or on a quieter machine")
+    return lines

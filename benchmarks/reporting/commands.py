@@ -25,7 +25,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "gate", help="exit with 1 where a ratio to eager became worse than in a baseline by more than the noise"
     )
     command.add_argument("record", metavar="RECORD", nargs="?")
-    command.add_argument("--against", metavar="BASELINE")
+    command.add_argument(
+        "--against", metavar="BASELINE", nargs="+", help="one record, or better several runs of the same commit"
+    )
     command.add_argument(
         "--instructions",
         action="store_true",
@@ -86,7 +88,7 @@ def run_gate(arguments: argparse.Namespace) -> int:
     try:
         passed = True
         if arguments.record:
-            passed, text = gate(load_record(arguments.record), load_record(arguments.against))
+            passed, text = gate(load_record(arguments.record), *map(load_record, arguments.against))
             print(text)
         if counting:
             found = instructions.measure_instructions()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_without_eager_the_first_shared_peer_is_the_reference():
     record = make_record()
     for case in record["cases"]:
         del case["contenders"]["eager"]
-    changes, alone = ratio_changes(read(record), read(record))
+    changes, alone = ratio_changes([read(record)], read(record))
     assert {change.reference for change in changes} == {"torch.compile"}
     assert not alone
     lonely = make_record()
@@ -117,6 +118,63 @@ def test_nothing_in_common_fails():
     assert "no ratio could be compared" in text
 
 
+OPERATORS = tuple(f"operator{i}" for i in range(12))
+
+
+def runs(count, sigma=0.1, seed=0, record=None):
+    """Runs of one commit: every operator's ratio of a run lies `sigma` beside the true one."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        run = record or make_record(operators=OPERATORS)
+        for operator in OPERATORS:
+            run = scaled(run, math.exp(draw.gauss(0, sigma)), operator=operator)
+        found.append(read(run))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_another_run_of_the_same_commit_passes(seed):
+    *baselines, record = runs(4, seed=seed)
+    passed, text = gate(record, *baselines)
+    assert passed, text
+    assert "as a whole:" in text
+    alone, text = gate(record, baselines[0])
+    assert not alone, "the spreads alone would take another run for a change"
+    assert "how much runs of one commit differ is not in the bounds" in text
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fifth_slower_everywhere_fails_as_a_whole(seed):
+    *baselines, record = runs(4, seed=seed)
+    slower = runs(4, seed=seed, record=scaled(make_record(operators=OPERATORS), 1.2))[-1]
+    passed, text = gate(slower, *baselines)
+    assert not passed
+    assert "worse as a whole: 1." in text
+    assert gate(record, *baselines)[0]
+
+
+def test_a_fifth_beyond_the_noise_fails_in_a_single_operator():
+    baselines = runs(4, sigma=0.02)[:3]
+    slower = runs(4, sigma=0.02, record=scaled(make_record(operators=OPERATORS), 1.2, operator="operator3"))[-1]
+    passed, text = gate(slower, *baselines)
+    assert not passed
+    lines = [line for line in text.splitlines() if line.startswith("worse: ")]
+    assert lines
+    assert all("operator3" in line for line in lines)
+
+
+def test_sigma_is_the_deviation_between_runs():
+    record = make_record(operators=("rms_norm", "swiglu"))
+    pair = [read(scaled(record, factor, operator="rms_norm")) for factor in (1.0, 1.5)]
+    changes, _ = ratio_changes(pair, pair[0])
+    sigma = math.log(1.5) / math.sqrt(2)
+    (norm, *_), spread = [c for c in changes if c.case.operator == "rms_norm"], math.log(1.02)
+    # Two spreads of each of three runs: those of the baseline count half.
+    assert norm.noise == pytest.approx(math.sqrt(3 * spread**2 + 9 * sigma**2 * 1.5), rel=1e-2)
+    assert norm.before == pytest.approx(norm.after * math.sqrt(1.5))
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["benchmarks", *map(str, arguments)])
     return main()
@@ -130,6 +188,7 @@ def test_commands_and_their_exit_codes(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "gate", paths["a"], "--against", paths["a"]) == 0
     assert capsys.readouterr().out.endswith("passed\n")
     assert run(monkeypatch, "gate", paths["slow"], "--against", paths["a"]) == 1
+    assert run(monkeypatch, "gate", paths["slow"], "--against", paths["a"], paths["slow"]) == 0
     assert run(monkeypatch, "gate", paths["threads"], "--against", paths["a"]) == 2
     assert "threads: 2 and 8" in capsys.readouterr().err
     assert run(monkeypatch, "gate", tmp_path / "none.json", "--against", paths["a"]) == 2
