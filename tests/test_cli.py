@@ -134,6 +134,6 @@ def test_without_what_it_needs_the_command_says_so(tmp_path):
 
 
 def test_missing_scikit_learn_is_one_line(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("dreamllm.recipes.digits.data.load_digits", None)
+    monkeypatch.setattr("dreamllm.evaluation.digits_scans.load_digits", None)
     text = failure(capsys, "train", "digits", "--out", str(tmp_path / "run"))
     assert "pip install scikit-learn" in text

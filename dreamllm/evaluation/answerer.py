@@ -44,7 +44,10 @@ class ModelAnswerer:
         if decoding.beams > 1:
             return self._beams(prompts, decoding)
         options = GenerationOptions(
-            max_new_tokens=decoding.max_new_tokens, pictures="forbid", temperature=decoding.temperature
+            max_new_tokens=decoding.max_new_tokens,
+            pictures="forbid",
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
         )
         return [answer.text for answer in self._engine.answers(prompts, options, seeds)]
 

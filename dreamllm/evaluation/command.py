@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dreamllm.evaluation.benchmarks import BENCHMARKS, Protocol, find_benchmark
+from dreamllm.evaluation.benchmarks import BENCHMARKS, DigitsBenchmark, Protocol, find_benchmark
+from dreamllm.evaluation.digits_run import run_digits
 from dreamllm.evaluation.records import Shard
 from dreamllm.evaluation.run import REPORT_FILE, Results, RunOptions, run_benchmark
 from dreamllm.training.progress import quiet_transformers
@@ -22,7 +23,7 @@ def evaluate(
     model: Path | None = None,
     data: Path | None = None,
     out: Path | None = None,
-    protocol: Protocol = "original",
+    protocol: Protocol | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     processes: int = 1,
@@ -39,7 +40,8 @@ def evaluate(
         model: a model folder.
         data: folder with the benchmark's files; see --list.
         out: folder of the run; default: evaluation/BENCHMARK.
-        protocol: original asks as the original program does; plain asks in one line, greedily, in the model's template.
+        protocol: original (the default) asks as the original program does; plain asks in one line, greedily, in the
+            model's own template.
         limit: evaluate on the first samples only.
         batch_size: samples that are answered or drawn together.
         processes: processes that share the samples out; with device cuda each has a GPU of its own.
@@ -55,6 +57,13 @@ def evaluate(
     if not benchmark:
         raise ValueError("name a benchmark; --list shows them")
     chosen = find_benchmark(benchmark)
+    if isinstance(chosen, DigitsBenchmark):
+        given = {"data": data, "protocol": protocol, "limit": limit, "judge": judge}
+        surplus = [f"--{name}" for name, value in given.items() if value is not None]
+        if surplus or processes != 1 or shard != "0/1":
+            named = ", ".join(surplus) or "--processes and --shard"
+            raise ValueError(f"digits brings its own data and way of asking, in one process; leave {named} away")
+        data = Path()
     if model is None or data is None:
         missing = " and ".join(name for name, given in (("--model", model), ("--data", data)) if given is None)
         raise ValueError(f"{chosen.title} needs {missing}; the data folder holds: {', '.join(chosen.files)}")
@@ -62,10 +71,11 @@ def evaluate(
         raise FileNotFoundError(f"model folder {model} does not exist")
     folder = out or Path("evaluation") / chosen.name
     options = RunOptions(
-        model, data, folder, protocol, limit, batch_size, device, dtype, Shard.parse(shard), judge
+        model, data, folder, protocol or "original", limit, batch_size, device, dtype, Shard.parse(shard), judge
     )  # fmt: skip
     with quiet_transformers():
-        results = run_benchmark(chosen, options, processes)
+        digits = isinstance(chosen, DigitsBenchmark)
+        results = run_digits(options) if digits else run_benchmark(chosen, options, processes)
     show_results(results, options, Console())
 
 
@@ -92,6 +102,6 @@ def show_list(console: Console) -> None:
             name, justify="right" if name == "paper" else "left", no_wrap=name == "benchmark", overflow="fold"
         )
     for benchmark in BENCHMARKS.values():
-        files = "\n".join(benchmark.files)
+        files = "\n".join(benchmark.files) or "none: they come with scikit-learn"
         table.add_row(benchmark.name, benchmark.metric, benchmark.split, files, benchmark.paper or "-")
     console.print(table, markup=False)

@@ -82,6 +82,14 @@ class DigitsOptions:
             raise ValueError(f"counting_pictures must be 'read' or 'created', not {self.counting_pictures!r}")
 
 
+EVALUATION = DigitsOptions(
+    captions=("{article} {word}", "a picture of {article} {word}"),
+    counting_text="",  # from the pictures alone: the words beside them would give the answer away
+    counting_documents=200,
+)
+"""How the digits model is evaluated, by its recipe and by `dreamllm evaluate digits`."""
+
+
 @dataclass(frozen=True)
 class DigitsResults:
     """Proportions on unseen data.
@@ -149,19 +157,19 @@ def evaluate_digits(
     pictures.
     """
     options = options or DigitsOptions()
-    _check_data(assistant, pictures, labels)
+    check_data(assistant, pictures, labels)
     start = time.perf_counter()
     drawing = options.drawing or drawing_defaults(assistant.engine.model)
     drawing = replace(drawing, batch_size=options.batch_size, candidates=1)
     engine = Engine(assistant.engine.model, assistant.engine.processor, options.batch_size)
-    with _Bar(console or Console(stderr=True)) as bar:
+    with Bar(console or Console(stderr=True)) as bar:
         texts = _write_captions(engine, pictures, options, bar)
         created, wanted = _draw_digits(engine, options, drawing, bar)
         judged = np.asarray(judge(created))
-        answers, following = _continue_counting(engine, pictures, labels, options, drawing, bar)
+        answers, following = continue_counting(engine, pictures, labels, options, drawing, bar)
         documents = _follow_instructions(engine, options, drawing, bar)
         attention_pictures, attention_maps = _record_attention(engine, options, drawing, bar)
-    word, dreamed, drawn = _score_counting(answers, following, judge)
+    word, dreamed, drawn = score_counting(answers, following, judge)
     results = DigitsResults(
         captions=_proportion([names_only(text, label) for text, label in zip(texts, labels, strict=True)]),
         creation=_proportion(judged == wanted),
@@ -190,7 +198,7 @@ def caption_of(template: str, number: int) -> str:
     return template.format(word=word, article="an" if word == "eight" else "a")
 
 
-def _check_data(assistant: Assistant, pictures: np.ndarray, labels: np.ndarray) -> None:
+def check_data(assistant: Assistant, pictures: np.ndarray, labels: np.ndarray) -> None:
     if pictures.dtype != np.uint8 or pictures.ndim != 3 or pictures.shape[1:] != (8, 8):
         raise ValueError(f"pictures must be uint8 [N, 8, 8], not {pictures.dtype} {list(pictures.shape)}")
     if labels.shape != pictures.shape[:1] or set(labels.tolist()) != set(range(10)):
@@ -203,14 +211,14 @@ def _check_data(assistant: Assistant, pictures: np.ndarray, labels: np.ndarray) 
         )
 
 
-def _write_captions(engine: Engine, pictures: np.ndarray, options: DigitsOptions, bar: _Bar) -> list[str]:
+def _write_captions(engine: Engine, pictures: np.ndarray, options: DigitsOptions, bar: Bar) -> list[str]:
     bar.begin("reading unseen digits")
     written = GenerationOptions(max_new_tokens=options.max_new_tokens, pictures="forbid")
     return Assistant(engine).caption_many(list(pictures), written)
 
 
 def _draw_digits(
-    engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: _Bar
+    engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: Bar
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drawn digits uint8 [10 * n, 8, 8] and the numbers they should show."""
     wanted = np.repeat(np.arange(10), options.created_per_digit)
@@ -220,13 +228,13 @@ def _draw_digits(
     return to_uint8([picture for (picture,) in drawn]), wanted
 
 
-def _continue_counting(
+def continue_counting(
     engine: Engine,
     pictures: np.ndarray,
     labels: np.ndarray,
     options: DigitsOptions,
     drawing: DrawingOptions,
-    bar: _Bar,
+    bar: Bar,
 ) -> tuple[list[Answer], np.ndarray]:
     """Answers to the beginnings of counting documents, and the number each should go on with."""
     rng = np.random.default_rng(options.seed)
@@ -246,7 +254,7 @@ def _continue_counting(
     return engine.answers(prompts, written, progress=bar.begin("continuing documents")), first + 2
 
 
-def _score_counting(
+def score_counting(
     answers: Sequence[Answer], following: np.ndarray, judge: Judge
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """bool [N] each: the text before the picture names the number; a picture follows it; it shows the number."""
@@ -265,7 +273,7 @@ def _score_counting(
     return word, dreamed, drawn
 
 
-def _follow_instructions(engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: _Bar) -> list[Document]:
+def _follow_instructions(engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: Bar) -> list[Document]:
     prompts = [engine.processor.chat([("user", text)]) for text in options.instructions]
     written = GenerationOptions(max_new_tokens=64, seed=options.seed, drawing=drawing)
     answers = engine.answers(prompts, written, progress=bar.begin("answering with documents"))
@@ -273,7 +281,7 @@ def _follow_instructions(engine: Engine, options: DigitsOptions, drawing: Drawin
 
 
 def _record_attention(
-    engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: _Bar
+    engine: Engine, options: DigitsOptions, drawing: DrawingOptions, bar: Bar
 ) -> tuple[np.ndarray, np.ndarray]:
     bar.begin("recording attention")
     prompts = [Document((Text(caption_of(options.captions[0], number)),)) for number in range(10)]
@@ -285,7 +293,7 @@ def _proportion(right: Sequence[bool] | np.ndarray) -> Proportion:
     return Proportion(int(np.sum(right)), len(right))
 
 
-class _Bar:
+class Bar:
     """One line that says what is being done; nothing where the console is not a terminal."""
 
     def __init__(self, console: Console) -> None:
@@ -293,7 +301,7 @@ class _Bar:
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 

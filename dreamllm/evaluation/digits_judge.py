@@ -44,6 +44,10 @@ class DigitsJudge:
             return np.empty(0, dtype=np.int64)
         return self._machine.predict(_features(pictures)).astype(np.int64)
 
+    def features(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 [N, 8, 8] -> float64 [N, 10]: how much each number speaks for itself, the decision function."""
+        return self._machine.decision_function(_features(_checked(pictures)))
+
     def accuracy(self, pictures: np.ndarray, labels: np.ndarray) -> float:
         """Share of scans it classifies rightly: what its verdicts on drawn digits are worth."""
         return float(np.mean(self(pictures) == labels))

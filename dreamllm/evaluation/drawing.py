@@ -64,8 +64,12 @@ def draw_shard(
     shard: Shard,
     batch_size: int,
     done: Callable[[int], None] = lambda count: None,
+    first_seed: int = SEED,
 ) -> None:
-    """Draws what is not drawn yet. The candidates of a batch are judged and saved while the next batch is drawn."""
+    """Draws what is not drawn yet; sample i has the seed `first_seed` + i.
+
+    The candidates of a batch are judged and saved while the next batch is drawn.
+    """
     indices = shard.samples(len(samples))
     file = AnswerFile(shard.file(folder), indices)
     count = file.resume(batch_size)
@@ -76,7 +80,7 @@ def draw_shard(
     with ThreadPoolExecutor(max_workers=1) as thread:
         for start in range(0, len(rest), batch_size):
             batch = rest[start : start + batch_size]
-            seeds = [SEED + i for i in batch]
+            seeds = [first_seed + i for i in batch]
             drawn = answerer.pictures([samples[i].prompt for i in batch], drawing, seeds)
             if waiting is not None:
                 waiting.result()

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dreamllm.evaluation.answerer import Answerer, ModelAnswerer
 from dreamllm.evaluation.answering import answer_shard
@@ -36,6 +34,7 @@ from dreamllm.evaluation.benchmarks.mmvet import load_judge, score_with
 from dreamllm.evaluation.drawing import Networks, draw_shard, load_networks, picture_file, score_pictures
 from dreamllm.evaluation.files import DataFolderError, check_pictures
 from dreamllm.evaluation.page import Example, Page, write_page
+from dreamllm.evaluation.progress import progress_bar
 from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, merged, write_records, write_text
 from dreamllm.inference import load
 from dreamllm.training import claim_folder, make_folder
@@ -100,7 +99,7 @@ def run_benchmark(
     samples = load_samples(benchmark, options)
     shards = processes if processes > 1 else options.shard.count
     claim(benchmark, options, len(samples), shards, console)
-    with _progress(console, benchmark.title, len(samples) if processes > 1 else None) as progress:
+    with progress_bar(console, benchmark.title, len(samples) if processes > 1 else None) as progress:
         if processes > 1:
             _run_processes(benchmark, options, processes, progress)
         else:
@@ -126,12 +125,14 @@ def load_samples(benchmark: Benchmark, options: RunOptions) -> Sequence[Any]:
     return samples
 
 
-def claim(benchmark: Benchmark, options: RunOptions, total: int, shards: int, console: Console) -> None:
-    """Makes the folder this run's, or checks that it is."""
+def claim(
+    benchmark: Benchmark, options: RunOptions, total: int, shards: int, console: Console, protocol: str = ""
+) -> None:
+    """Makes the folder this run's, or checks that it is. `protocol`: where a benchmark has its own."""
     make_folder(options.out)
     configuration = {
         "benchmark": benchmark.name,
-        "protocol": options.protocol,
+        "protocol": protocol or options.protocol,
         "model": fingerprint(options.model),
         "dtype": options.dtype,
         "samples": total,
@@ -199,7 +200,7 @@ def _finish_answers(
         for sample, record in zip(samples, records, strict=True)
     ]
     prompting = asdict(replace(benchmark.prompting[options.protocol], template=None))
-    return _report(benchmark, options, figures, examples, {"prompting": prompting, "tokenizer": "own"})
+    return report(benchmark, options, figures, examples, {"prompting": prompting, "tokenizer": "own"})
 
 
 def _finish_pictures(
@@ -217,25 +218,27 @@ def _finish_pictures(
         for i, (sample, answer) in enumerate(zip(samples, answers, strict=True))
     ]
     how = {"drawing": asdict(drawing), "side": benchmark.side, "resize": benchmark.resize}
-    return _report(benchmark, options, figures, examples, how)
+    return report(benchmark, options, figures, examples, how)
 
 
 def _agreement(answer: dict[str, Any]) -> float | None:
     return answer["agreement"][answer["candidate"]] if "agreement" in answer else None
 
 
-def _report(
+def report(
     benchmark: Benchmark,
     options: RunOptions,
     figures: Sequence[Figure],
     examples: Sequence[Example],
     how: dict[str, Any],
+    protocol: str = "",
 ) -> Results:
+    """Writes `results.json` and the page. `protocol`: where a benchmark has its own."""
     results: Results = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "split": benchmark.split,
-        "protocol": options.protocol,
+        "protocol": protocol or options.protocol,
         "model": fingerprint(options.model),
         "samples": len(examples),
         "figures": [figure.to_json() for figure in figures],
@@ -311,12 +314,3 @@ def _device(device: str, index: int) -> str:
 def _answered(out: Path, shards: int) -> int:
     files = [Shard(index, shards).file(out) for index in range(shards)]
     return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
-
-
-@contextmanager
-def _progress(console: Console, title: str, total: int | None):
-    """A bar on a terminal; nothing elsewhere. Yields what is to be told (done, of how many; 0: all samples)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done, of: bar.update(task, completed=done, total=of or total)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dreamllm.evaluation.digits_judge import DigitsJudge, JudgeConfig
-from dreamllm.recipes.digits.data import load_scans
+from dreamllm.evaluation.digits_scans import load_scans
 
 
 @pytest.fixture(scope="module")

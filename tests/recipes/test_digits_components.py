@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaTokenizer
 
 from dreamllm.evaluation.digits import WORDS, names_only
+from dreamllm.evaluation.digits_scans import load_scans
 from dreamllm.model import AssembleOptions, assemble
 from dreamllm.model.processor import CLIPImageProcessorPil
 from dreamllm.recipes.digits import components as made
@@ -22,7 +23,6 @@ from dreamllm.recipes.digits.data import (
     counting_request,
     counting_run,
     drawing_turn,
-    load_scans,
     reading_turn,
     vocabulary_texts,
 )

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from dreamllm.documents import End, Picture, Text
+from dreamllm.evaluation.digits_scans import load_scans
 from dreamllm.model import DreamLLM
 from dreamllm.recipes.digits import documents, recipe
-from dreamllm.recipes.digits.data import load_scans
 
 
 @pytest.fixture(scope="module")

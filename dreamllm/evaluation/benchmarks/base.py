@@ -46,6 +46,7 @@ class Decoding:
     max_new_tokens: int = 1024
     temperature: float = 0.0
     length_penalty: float = 1.0
+    top_p: float = 1.0
 
 
 BEAMS = Decoding(beams=5)
@@ -179,6 +180,11 @@ class AnswerBenchmark(Benchmark):
     score: Callable[[Sequence[Record]], Scores] = field(kw_only=True)
     prompting: Mapping[Protocol, Prompting] = field(kw_only=True)
     submission: Submission | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class DigitsBenchmark(Benchmark):
+    """The small model of the recipe `digits`, on scans that come with scikit-learn."""
 
 
 @dataclass(frozen=True)

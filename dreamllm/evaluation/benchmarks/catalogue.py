@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 
 from dreamllm.evaluation.benchmarks import captions, creation, mmbench, mmvet, pope, vqa
-from dreamllm.evaluation.benchmarks.base import Benchmark
+from dreamllm.evaluation.benchmarks.base import Benchmark, DigitsBenchmark
 
+DIGITS = DigitsBenchmark("digits", "Scanned digits", "accuracy", "297 scans never seen", ())
 FAMILIES: tuple[tuple[Benchmark, ...], ...] = (
     captions.BENCHMARKS,
     vqa.BENCHMARKS,
@@ -14,6 +15,7 @@ FAMILIES: tuple[tuple[Benchmark, ...], ...] = (
     mmbench.BENCHMARKS,
     mmvet.BENCHMARKS,
     creation.BENCHMARKS,
+    (DIGITS,),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for family in FAMILIES for benchmark in family}
 

@@ -25,9 +25,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dreamllm.data import derive_seed
 from dreamllm.documents import PLAIN
+from dreamllm.evaluation.digits_scans import Scans, load_scans
 from dreamllm.model.processor import CLIPImageProcessorPil
 from dreamllm.recipes.components import Schedule, optimise, seeded, write_language_model
-from dreamllm.recipes.digits.data import Scans, corpus, load_scans, vocabulary_texts
+from dreamllm.recipes.digits.data import corpus, vocabulary_texts
 from dreamllm.training.files import make_folder, write_folder
 from dreamllm.training.progress import quiet_transformers
 

@@ -10,9 +10,9 @@ import numpy as np
 from dreamllm.data import Reader, derive_seed
 from dreamllm.documents import PLAIN, Document, End, Part, Picture, Text, conversation, pair
 from dreamllm.evaluation.digits import WORDS
+from dreamllm.evaluation.digits_scans import Scans
 from dreamllm.recipes.digits.data import (
     NEXT,
-    Scans,
     caption,
     counting_request,
     counting_run,

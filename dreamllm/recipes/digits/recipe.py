@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 
 from dreamllm.data import Part, derive_seed
-from dreamllm.evaluation.digits import TARGETS, DigitsEvaluation, DigitsOptions, evaluate_digits
+from dreamllm.evaluation.digits import EVALUATION, TARGETS, DigitsEvaluation, evaluate_digits
 from dreamllm.evaluation.digits_judge import DigitsJudge
+from dreamllm.evaluation.digits_scans import Scans, load_scans
 from dreamllm.evaluation.report import EVALUATION_FOLDER, write_report
 from dreamllm.inference import load
 from dreamllm.model import AssembleOptions
 from dreamllm.recipes.components import write_start
 from dreamllm.recipes.digits import documents
 from dreamllm.recipes.digits.components import ComponentConfig, pretrain_components
-from dreamllm.recipes.digits.data import Scans, load_scans
 from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder
 from dreamllm.training import run as run_stages
 from dreamllm.training.progress import quiet_transformers, say
@@ -29,12 +29,6 @@ DRAWING = {"scheduler": "ddim", "steps": 25, "guidance_scale": 1.25}
 
 SETTINGS = RunSettings(checkpoint_every=100)
 """Stages are short, so checkpoints are frequent."""
-
-EVALUATION = DigitsOptions(
-    captions=("{article} {word}", "a picture of {article} {word}"),
-    counting_text="",  # from the pictures alone: the words beside them would give the answer away
-    counting_documents=200,
-)
 
 
 @dataclass(frozen=True)
