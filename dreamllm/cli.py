@@ -26,6 +26,7 @@ from dreamllm.monitoring.command import report
 from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes import RECIPES
+from dreamllm.server.command import serve
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
+    "serve": Command(serve),
     "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),
@@ -116,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    command, path, values = _chosen(parser.instantiate(parsed))
-    name = " ".join(path)
+    name = " ".join(_chosen(parsed)[1])
     transformers_logging.disable_progress_bar()
     try:
+        command, _, values = _chosen(parser.instantiate(parsed))
         command.function(**values)
     except (ValueError, OSError, ImportError) as error:
         if parsed.traceback:

@@ -15,6 +15,7 @@ LAYERS = {
     "evaluation": 3,
     "inspection": 3,
     "workloads": 3,
+    "server": 3,
     "monitoring": 4,
     "profiling": 4,
     "planning": 5,
