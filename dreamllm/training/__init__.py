@@ -20,7 +20,9 @@ from dreamllm.training.errors import (
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.metrics import read_metrics
+from dreamllm.training.observers import RunObserver
 from dreamllm.training.runner import run
+from dreamllm.training.stage import stage_batches
 
 __all__ = [
     "STAGE_LOSS_WEIGHTS",
@@ -30,6 +32,7 @@ __all__ = [
     "ProcessLostError",
     "Processes",
     "RunConfig",
+    "RunObserver",
     "RunSettings",
     "SaveError",
     "StageConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "processes",
     "read_metrics",
     "run",
+    "stage_batches",
     "write_folder",
     "write_json",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dreamllm.training.export import gather_trained, save_whole
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
+from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import quiet_transformers, say
 from dreamllm.training.sharding import ShardedModel
 from dreamllm.training.stage import StageResult, StageTrainer
@@ -28,12 +29,19 @@ from dreamllm.training.step import Pass
 DONE, MODEL, CONFIG = "done.json", "model", "run.json"
 
 
-def run(config: RunConfig, console: Console | None = None) -> Path:
+def run(
+    config: RunConfig,
+    console: Console | None = None,
+    observers: Callable[[bool], Sequence[RunObserver]] = lambda main: (),
+) -> Path:
     """Trains all stages and returns the folder of the final model, `config.out / "model"`.
 
     Each stage leaves `out/<stage>/model` (the last one `out/model`), loadable with `DreamLLM.from_pretrained` and
     `DreamLLMProcessor.from_pretrained`. A stage that is complete is not run again; one that was interrupted, even by
     kill -9, goes on from its last checkpoint and ends with the same bits as if it had not been.
+
+    `observers` makes those that watch the run, in every process, once the run's folder exists; it is told whether this
+    is the process that writes.
 
     Started by torchrun, all processes share the work; the main one prints and writes. The run may go on with another
     number of them.
@@ -53,15 +61,22 @@ def run(config: RunConfig, console: Console | None = None) -> Path:
             claim_folder(config.out / CONFIG, config.describe(), FREE_TO_CHANGE, lambda text: say(shown, text))
 
         these.on_main(claim)
-        with _threads(settings.num_threads), quiet_transformers(), InterruptRequest() as interrupt:
-            _Run(config, shown, these).stages(interrupt)
+        with (
+            _threads(settings.num_threads),
+            quiet_transformers(),
+            InterruptRequest() as interrupt,
+            _closing(observers(these.main)) as watching,
+        ):
+            _Run(config, shown, these, watching).stages(interrupt)
         say(shown, f"the model is in {config.out / MODEL}")
     return config.out / MODEL
 
 
 class _Run:
-    def __init__(self, config: RunConfig, console: Console, processes: Processes) -> None:
-        self.config, self.console, self.processes = config, console, processes
+    def __init__(
+        self, config: RunConfig, console: Console, processes: Processes, observers: Sequence[RunObserver]
+    ) -> None:
+        self.config, self.console, self.processes, self.observers = config, console, processes, observers
         self.source = config.model
         self.metrics_bytes = 0
         self.loaded: tuple[DreamLLM, DreamLLMProcessor] | None = None
@@ -84,7 +99,9 @@ class _Run:
             make_folder(self.config.out / stage.name)
         if self.loaded is None:
             self.loaded = _load(self.source, self.config.settings)
-        trainer = StageTrainer(self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes)
+        trainer = StageTrainer(
+            self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes, self.observers
+        )
         result = trainer.run(interrupt)
         self._finish(stage, result, trainer.through)
         trainer.checkpoints.remove()
@@ -146,3 +163,12 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _closing(observers: Sequence[RunObserver]) -> Iterator[Sequence[RunObserver]]:
+    try:
+        yield observers
+    finally:
+        for observer in observers:
+            observer.close()
