@@ -56,7 +56,7 @@ td.none { color: var(--muted); font-weight: 400 !important; }
 class Example:
     """A sample as the page shows it. `score` in [0, 1], or None: neither good nor bad."""
 
-    picture: PictureSource
+    picture: PictureSource | None
     question: str
     said: str
     references: tuple[str, ...]
@@ -141,18 +141,21 @@ def _grid(examples: Sequence[Example]) -> str:
 
 
 def _example(example: Example) -> str:
-    picture = load_picture(example.picture)
-    tiny = max(picture.size) <= THUMBNAIL // 4
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     style = "" if example.score is None else " bad" if example.score < 0.5 else " good"
     grade = "" if example.score is None else f'<span class="grade">{example.score:.2f}</span>'
     question = f'<p class="question">{escape(_cut(example.question))}</p>' if example.question else ""
     said = escape(_cut(example.said)) or "(nothing)"
     caption = f'{question}<p class="said">{grade}{said}</p>{_references(example.references)}'
-    return (
-        f'<figure class="example{style}"><img{" class=px" if tiny else ""} src="{data_uri(picture)}" alt="">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f'<figure class="example{style}">{_thumbnail(example.picture)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _thumbnail(source: PictureSource | None) -> str:
+    if source is None:
+        return ""
+    picture = load_picture(source)
+    tiny = max(picture.size) <= THUMBNAIL // 4
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return f'<img{" class=px" if tiny else ""} src="{data_uri(picture)}" alt="">'
 
 
 def _references(references: Sequence[str]) -> str:
