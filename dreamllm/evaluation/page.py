@@ -24,7 +24,7 @@ h2 { font-size: 1.35rem; margin: 3.2rem 0 0.4rem; }
 .lead { font-size: 1.15rem; }
 .note { font: 0.9rem/1.5 var(--label); }
 .figures { display: flex; flex-wrap: wrap; gap: 0.6rem 2.6rem; margin: 1.6rem 0 0; padding: 0; }
-.figures div { display: flex; flex-direction: column-reverse; }
+.figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { font: 0.82rem/1.35 var(--label); color: var(--muted); max-width: 15rem; }
 .figures dd { margin: 0; font: 600 1.25rem/1.3 var(--label); font-variant-numeric: tabular-nums; }
 .figures div:first-child { flex-basis: 100%; }

@@ -7,7 +7,7 @@ import difflib
 from dreamllm.evaluation.benchmarks import captions, creation, language, mmbench, mmvet, pope, vqa
 from dreamllm.evaluation.benchmarks.base import Benchmark, DigitsBenchmark
 
-DIGITS = DigitsBenchmark("digits", "Scanned digits", "accuracy", "297 scans never seen", ())
+DIGITS = DigitsBenchmark("digits", "Scanned digits", "accuracy", "unseen scans and drawn digits", ())
 FAMILIES: tuple[tuple[Benchmark, ...], ...] = (
     captions.BENCHMARKS,
     vqa.BENCHMARKS,
