@@ -278,7 +278,7 @@ def test_history_is_the_geometric_mean_over_shared_cases_of_committed_versions(t
     more = later | {"cases": [*later["cases"], *make_record(seed=2, operators=("rotary",))["cases"]]}
     other = scaled(first, 3.0) | {"threads": 1}
     for number, record in enumerate((first, other, more)):
-        path = written(tmp_path, record)
+        path = written(tmp_path, record | {"commit": f"measured{number}"})
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-q", "-m", f"record {number}")
     versions = committed_versions(path)
@@ -290,6 +290,7 @@ def test_history_is_the_geometric_mean_over_shared_cases_of_committed_versions(t
     ]
     mean = math.sqrt(ratios[0] * ratios[1])
     assert [ratio for _, _, ratio in trend.points] == pytest.approx([mean, 2 * mean])
+    assert [commit for commit, _, _ in trend.points] == ["measured0", "measured2"]
     html = as_html([make_section(path)])
     assert 'class="trends"' in html
     assert all(any(commit in cell for cell in Page(html).cells) for commit, _, _ in trend.points)
