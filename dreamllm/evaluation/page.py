@@ -110,7 +110,11 @@ def _table(table: Table, page: Page) -> str:
     body = "".join(
         f"<tr{style}><th>{escape(name)}</th>{''.join(map(_cell, values))}</tr>" for name, values, style in rows
     )
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    limited = (
+        "In brackets: the number of samples, where a run took the first ones only." if "(" in "".join(ours) else ""
+    )
+    texts = " ".join(filter(None, [table.note, limited]))
+    note = f'<p class="note">{escape(texts)}</p>' if texts else ""
     return (
         f'<h2>{escape(table.title)}</h2>{note}<div class="scroll"><table><thead><tr><th>model</th>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
