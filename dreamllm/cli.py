@@ -25,6 +25,7 @@ from dreamllm.monitoring.command import report
 from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes import RECIPES
+from dreamllm.server.command import serve
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
+    "serve": Command(serve),
     "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),

@@ -14,6 +14,7 @@ LAYERS = {
     "inference": 2,
     "evaluation": 3,
     "workloads": 3,
+    "server": 3,
     "monitoring": 4,
     "profiling": 4,
     "planning": 5,
