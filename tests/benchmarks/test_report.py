@@ -233,11 +233,11 @@ def test_what_a_run_records_is_what_the_report_reads(tmp_path, monkeypatch, caps
     module = SimpleNamespace(cases=lambda device, size: [case], boundary=lambda device: {"x + x": 1.25})
     (tmp_path / "results").mkdir()
     monkeypatch.setattr("benchmarks.running.ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.running.chosen", lambda names: {"double": module})
+    monkeypatch.setattr("benchmarks.running.chosen", lambda names, exactly: {"double": module})
     monkeypatch.setattr("benchmarks.timing.matmul_gflops", lambda device: {"float32": 12.34})
     threads = torch.get_num_threads()
     arguments = {"names": [], "device": "cpu", "size": "small", "caches": "warm", "threads": threads, "seconds": 0.01}
-    assert run(argparse.Namespace(**arguments, rounds=9, compile=True, only=None, record="tiny")) == 0
+    assert run(argparse.Namespace(**arguments, rounds=9, compile=True, only=None, exactly=False, record="tiny")) == 0
     record = load_record(tmp_path / "results" / "tiny.json")
     (read,) = record.cases
     assert (read.name, read.flops, read.bytes_moved) == ("double float32 [1000], warm caches", 1000, 8000)
