@@ -17,9 +17,10 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
-from dreamllm.data.command import index
+from dreamllm.data.command import build, index
 from dreamllm.evaluation.command import evaluate
 from dreamllm.inference.command import chat, generate
+from dreamllm.inspection.command import inspect as inspect_data
 from dreamllm.model.command import assemble, convert
 from dreamllm.monitoring.command import report
 from dreamllm.planning.command import plan
@@ -57,7 +58,14 @@ COMMANDS: dict[str, Command | Group] = {
     "assemble": Command(assemble, ("out",)),
     "profile": Command(profile),
     "plan": Command(plan),
-    "data": Group("Prepares training data.", {"index": Command(index, ("path",))}),
+    "data": Group(
+        "Prepares training data, and looks at it.",
+        {
+            "index": Command(index, ("path",)),
+            "inspect": Command(inspect_data, ("path",)),
+            "build": Command(build, ("kind", "source", "out")),
+        },
+    ),
 }
 
 _OPTION = re.compile(r"--[a-z][a-z0-9_.+]*")

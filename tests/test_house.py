@@ -13,6 +13,7 @@ LAYERS = {
     "training": 2,
     "inference": 2,
     "evaluation": 3,
+    "inspection": 3,
     "workloads": 3,
     "server": 3,
     "monitoring": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from dreamllm.data.problems import BadSampleError
 
+LOUD_BYTES = 1 << 33
 _CHUNK = 1 << 24
 _QUOTE, _BACKSLASH, _COMMA, _NEWLINE = b'"\\,\n'
 _LIST, _LIST_END, _OBJECT, _OBJECT_END = b"[]{}"
@@ -32,9 +34,15 @@ class JsonRecords:
         assert paths
         self.paths = [Path(path) for path in paths]
         self._bounds: list[np.ndarray] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps = [stamp(path) for path in self.paths]
+        size = sum(size for size, _ in self._stamps)
+        if size > LOUD_BYTES:
+            warnings.warn(
+                f"{size / 1e9:.0f} GB of JSON in {len(self.paths)} files ({self.paths[0]}) are read through at every "
+                "start; tars with an index are not (`dreamllm data build`, then `dreamllm data index`)",
+                stacklevel=3,
+            )
         for path in self.paths:
-            self._stamps.append(stamp(path))
             self._bounds.append(_list_bounds(path) if path.suffix == ".json" else _line_bounds(path))
         self._ends = np.cumsum([len(bounds) - 1 for bounds in self._bounds]).tolist()
 
