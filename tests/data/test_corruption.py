@@ -165,3 +165,25 @@ def test_a_run_over_badly_damaged_shards_stops_with_examples(tmp_path, processor
     assert log.documents < SHARDS * PER_SHARD
     for reason in ("malformed", "corrupt_image", "oversized", "duplicate_key"):
         assert f"{reason}: " in str(error.value)
+
+
+def test_files_that_are_no_tars_are_told_and_counted(tmp_path, bomb):
+    for number in range(20):
+        write_shard(tmp_path / f"{number:02d}.tar", number, {}, bomb)
+    (tmp_path / "00.tar").write_bytes(b"")
+    (tmp_path / "07.tar").write_bytes(b"<html>404 not found</html>" * 50)
+    with pytest.warns(
+        UserWarning, match=r"0[07]\.tar is not an uncompressed tar.*all its samples are lost, and counted"
+    ) as told:
+        reader = make_reader("auto", tmp_path, mode="creation")
+    assert len(told) == 2
+    assert outcomes(reader) == {"fine": 18 * PER_SHARD, "truncated_archive": 2}
+    (tmp_path / "08.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00\.tar is not an uncompressed tar: it is empty; so are 2 more of 20 tars"):
+        make_reader("pair_tars", tmp_path)
+
+
+def test_tars_without_samples_do_not_hide_what_the_others_hold(tmp_path):
+    write_tar(tmp_path / "0.tar", {})
+    write_tar(tmp_path / "1.tar", {"a.json": b'{"text_list": ["Once."]}'})
+    assert make_reader("auto", tmp_path).document(0).text() == "Once."
