@@ -35,12 +35,15 @@ class CachedDecoder:
     products of layers whose parameters require no gradient run in oneDNN's weight layout, with those that take the same
     input joined, unless `pack_weights` is False: faster, for one or two further copies of these weights in memory.
 
-    `decoder`: such as `model.get_decoder()`; `max_length`: no position is as high as this.
+    `decoder`: such as `model.get_decoder()`; `max_length`: no position is as high as this; `head`: makes logits of
+    states, such as `model.get_output_embeddings()`.
 
     Raises ValueError for a decoder of another layout, and for rotary embeddings that depend on the length.
     """
 
-    def __init__(self, decoder: nn.Module, max_length: int, pack_weights: bool = True) -> None:
+    def __init__(
+        self, decoder: nn.Module, max_length: int, pack_weights: bool = True, head: nn.Module | None = None
+    ) -> None:
         layers = list(getattr(decoder, "layers", []))
         if reason := _why_not(decoder, layers):
             raise ValueError(f"{type(decoder).__name__} cannot be decoded here: {reason}")
@@ -49,16 +52,19 @@ class CachedDecoder:
         self._kv_heads: int = decoder.config.num_key_value_heads  # type: ignore[union-attr, assignment]
         self._max_length = max_length
         self._made_for = max_length, pack_weights
-        self._sources = _sources(decoder)
+        self._sources = _sources(decoder, head)
+        self._head = None if head is None else _Products(pack_weights, head)
         self._layers = [_Layer(layer, pack_weights) for layer in layers]
         self._tables: tuple[tuple, Tensor, Tensor] | None = None
 
     @staticmethod
-    def of(decoder: nn.Module, max_length: int, pack_weights: bool = True) -> CachedDecoder:
+    def of(
+        decoder: nn.Module, max_length: int, pack_weights: bool = True, head: nn.Module | None = None
+    ) -> CachedDecoder:
         """The one made before for this decoder, while it still fits, so that weights are packed once."""
         kept = _KEPT.get(decoder)
-        if kept is None or kept._made_for != (max_length, pack_weights) or kept._sources != _sources(decoder):
-            kept = _KEPT[decoder] = CachedDecoder(decoder, max_length, pack_weights)
+        if kept is None or kept._made_for != (max_length, pack_weights) or kept._sources != _sources(decoder, head):
+            kept = _KEPT[decoder] = CachedDecoder(decoder, max_length, pack_weights, head)
         return kept
 
     def new_cache(self, max_pages: int | None = None) -> KeyValueCache:
@@ -94,6 +100,12 @@ class CachedDecoder:
             hidden, residual = layer.forward(hidden, residual, cache, number, step, cos, sin, wanted)
         assert residual is not None
         return add_and_norm(self._norm, hidden, residual)[0]
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """States [K, H] -> logits [K, vocabulary], by the head."""
+        assert self._head is not None, "this decoder was made without a head"
+        return self._head(states)[0]
 
     def _rotary_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [positions, D] as the decoder makes them, kept until it changes."""
@@ -272,10 +284,11 @@ class _Products:
 _KEPT: weakref.WeakKeyDictionary[nn.Module, CachedDecoder] = weakref.WeakKeyDictionary()
 
 
-def _sources(decoder: nn.Module) -> tuple:
+def _sources(decoder: nn.Module, head: nn.Module | None) -> tuple:
     """What a decoder is made of: other modules, or others that are trained, make another one."""
-    modules = tuple(id(module) for module in decoder.modules())
-    return modules, tuple(parameter.requires_grad for parameter in decoder.parameters())
+    parts = [decoder] if head is None else [decoder, head]
+    modules = tuple(id(module) for part in parts for module in part.modules())
+    return modules, tuple(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 def _why_not(decoder: Any, layers: Sequence[nn.Module]) -> str:

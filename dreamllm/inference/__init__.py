@@ -6,6 +6,7 @@ from dreamllm.inference.drawing import DrawingOptions, drawing_defaults
 from dreamllm.inference.engine import Engine
 from dreamllm.inference.options import Answer, GenerationOptions
 from dreamllm.inference.page import document_page, write_page
+from dreamllm.inference.request import NewPicture, NewText, Preview, Request
 from dreamllm.inference.sampler import DenoisingGraphs, draw
 
 __all__ = [
@@ -16,6 +17,10 @@ __all__ = [
     "DrawingOptions",
     "Engine",
     "GenerationOptions",
+    "NewPicture",
+    "NewText",
+    "Preview",
+    "Request",
     "document_page",
     "draw",
     "drawing_defaults",

@@ -1,31 +1,24 @@
-"""The one text loop: prompt documents -> answer documents, pictures drawn where the model asks for them (spec F)."""
+"""The one loop: prompt documents -> answer documents, pictures drawn where the model asks for them (spec F)."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dreamkernels.integrations.decoding import CachedDecoder
-from dreamkernels.integrations.paged_cache import KeyValueCache
-from dreamllm.documents import SPECIAL_TOKENS, Document, EncodedDocument, End, Part, Picture, Text, load_picture
+from dreamkernels.integrations.paged_cache import PAGE_SIZE, CachedSequence, KeyValueCache
+from dreamllm.documents import SPECIAL_TOKENS, Document, EncodedDocument, Text, load_picture
 from dreamllm.documents.batch import check_encoded
-from dreamllm.inference.beams import BeamSearch
-from dreamllm.inference.drawing import (
-    DrawingOptions,
-    Progress,
-    check_seeds,
-    drawing_defaults,
-    picture_seed,
-    to_pil,
-)
-from dreamllm.inference.options import Answer, GenerationOptions, Stopped
-from dreamllm.inference.rows import Rows
-from dreamllm.inference.sampler import draw
+from dreamllm.inference.drawing import DrawingOptions, Progress, check_seeds, drawing_defaults
+from dreamllm.inference.options import Answer, GenerationOptions
+from dreamllm.inference.request import Event, OnEvent, Request
+from dreamllm.inference.rounds import Rounds
 from dreamllm.inference.sampling import choose_token, penalise
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.model.slots import find_slots
@@ -33,51 +26,60 @@ from dreamllm.model.slots import find_slots
 KEPT_NULL_CONDITIONS = 8
 
 
-@dataclass
-class _Request:
-    """One answer in the making.
-
-    `length` counts positions; `last` is the state that the next token is chosen from; `latest` the last picture drawn.
-    """
-
-    options: GenerationOptions
-    drawing: DrawingOptions
-    seed: int
-    prompt: Sequence[int]
-    length: int
-    last: Tensor
-    generator: torch.Generator
-    draws_now: bool
-    parts: list[Part] = field(default_factory=list)
-    text_ids: list[int] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    num_drawn: int = 0
-    latest: Image.Image | None = None
-    stopped: Stopped | None = None
-
-
 class Engine:
-    """Answers prompts with one model. Requests given together share passes; no answer depends on the others.
+    """Answers prompts with one model. Requests share passes and pictures are denoised together; no answer depends on
+    the others.
 
-    `batch_size`: prompts that advance together. More prompts are answered batch after batch. `pack_weights`: as in
-    `CachedDecoder`. Raises `ValueError` for a language model that has not LLaMA's layout.
+    `answers` and `answer` give answers, `stream` gives one piece by piece. Underneath, requests that are given to
+    `submit` advance by `step`: each step appends to the cache whatever every request has next (a prompt, a token, the
+    dream queries, a created picture), chooses tokens, and takes one denoising step of the pictures in work. Requests
+    join and leave between steps. Engines are not for several threads at a time.
+
+    Args:
+        model, processor: as `DreamLLM.from_pretrained` and `DreamLLMProcessor.from_pretrained` load them.
+        batch_size: requests that advance together; further ones wait for a place.
+        pack_weights: as in `dreamkernels.integrations.decoding.CachedDecoder`.
+        max_cache_tokens: positions that the key-value cache holds at most; requests wait while there is no room for
+            the longest they may become. None: as many as `batch_size` requests need.
+        max_step_tokens: positions of prompts and pictures that are appended in one step, unless one alone has more.
+        patience: a round of drawing begins when no other request can still ask for a picture, when `batch_size` of the
+            drawing options are waiting, or when one has waited for so many steps.
+
+    Raises `ValueError` for numbers below 1, a processor of another model, and a language model that has not LLaMA's
+    layout.
     """
 
     def __init__(
-        self, model: DreamLLM, processor: DreamLLMProcessor, batch_size: int = 32, pack_weights: bool = True
+        self,
+        model: DreamLLM,
+        processor: DreamLLMProcessor,
+        batch_size: int = 32,
+        pack_weights: bool = True,
+        max_cache_tokens: int | None = None,
+        max_step_tokens: int = 8192,
+        patience: int = 64,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        for name, value in (("batch_size", batch_size), ("max_step_tokens", max_step_tokens), ("patience", patience)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if max_cache_tokens is not None and max_cache_tokens < 1:
+            raise ValueError(f"max_cache_tokens must be at least 1, not {max_cache_tokens}")
         if model.layout != processor.layout:
             raise ValueError("the model and the processor have different sequence layouts; they do not belong together")
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
         self.layout = model.layout
-        self._decoder = CachedDecoder.of(model.decoder, model.layout.max_length, pack_weights)
+        self._pack_weights = pack_weights
+        self._max_cache_tokens, self._max_step_tokens = max_cache_tokens, max_step_tokens
+        self._decoder = self._current_decoder()
         self._cache: KeyValueCache | None = None
         self._never = _never_chosen(model, processor)
         self._kept_nulls: dict[str, tuple[tuple, Tensor]] = {}  # by prompt: what it was computed from, condition
+        self._checked: set[DrawingOptions] = set()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._rounds = Rounds(model, self.null_condition, patience)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -87,98 +89,195 @@ class Engine:
         """Answers one prompt. See `answers`."""
         return self.answers([prompt], options, progress=progress)[0]
 
-    @torch.no_grad()
     def answers(
         self,
         prompts: Sequence[Document],
-        options: GenerationOptions | None = None,
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         seeds: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Answer]:
-        """Answers each prompt.
+        """Answers each prompt, with the same options or with its own.
 
-        `seeds`: one per prompt (default: options.seed, options.seed + 1, ...). `progress` is told of every denoising
-        step of each round of drawing.
+        `seeds`: one per prompt (default: options.seed, options.seed + 1, ...; with options for each prompt their own).
+        `progress` is told of every denoising step of each round of drawing.
 
         Raises `ValueError` for an empty prompt, one longer than the context (by how much), one that leaves no room
-        for an answer or a forced picture, and for a wrong number of seeds; `PictureError` for a picture in a prompt
-        that cannot be read.
+        for an answer or a forced picture, and for a wrong number of seeds or options; `PictureError` for a picture in
+        a prompt that cannot be read.
         """
+        every, seeds = self._options_of(prompts, options, seeds)
+        requests = [
+            self._request(prompt, own, seed, progress=progress)
+            for prompt, own, seed in zip(prompts, every, seeds, strict=True)
+        ]
+        self._waiting.extend(requests)
+        with _evaluating(self.model):
+            try:
+                while not all(request.done for request in requests):
+                    self.step()
+                    if failed := next((request for request in requests if request.error is not None), None):
+                        raise failed.error or AssertionError
+            finally:
+                for request in requests:
+                    if not request.done:
+                        request.cancel()
+                self._remove_cancelled()
+        return [request.answer for request in requests]
+
+    def stream(
+        self, prompt: Document, options: GenerationOptions | None = None, preview_every: int = 0
+    ) -> Iterator[Event | Answer]:
+        """Answers one prompt piece by piece: `NewText`, `Preview` and `NewPicture` as they come, then the `Answer`.
+
+        `preview_every`: a `Preview` of each picture after every so many denoising steps; 0: none. Each is decoded,
+        which costs time. Leaving the iterator ends the work. Raises as `answers`.
+        """
+        events: deque[Event] = deque()
+        request = self.submit(prompt, options, on_event=events.append, preview_every=preview_every)
+        try:
+            while not request.done:
+                self.step()
+                while events:
+                    yield events.popleft()
+            yield request.answer
+        finally:
+            if not request.done:
+                request.cancel()
+                self._remove_cancelled()
+
+    # -- step by step --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Document,
+        options: GenerationOptions | None = None,
+        seed: int | None = None,
+        on_event: OnEvent | None = None,
+        preview_every: int = 0,
+    ) -> Request:
+        """Gives the engine a request, which `step` advances until it is done. Raises as `answers`.
+
+        `on_event` is called from within `step` with each event; what it raises ends this request only.
+        """
+        if preview_every < 0:
+            raise ValueError(f"preview_every must be at least 0, not {preview_every}")
         options = options or GenerationOptions()
+        seed = options.seed if seed is None else seed
+        check_seeds([seed], 1, "prompt")
+        request = self._request(prompt, options, seed, on_event, preview_every)
+        self._waiting.append(request)
+        return request
+
+    @property
+    def num_running(self) -> int:
+        """Requests that advance with every step."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    def step(self) -> bool:
+        """Advances every request by one step. Returns whether anything is left to do.
+
+        An error that concerns one request ends that one; one that concerns a pass ends all that took part, and is
+        raised.
+        """
+        if self.model.training:
+            with _evaluating(self.model):
+                return self.step()
+        self._remove_cancelled()
+        try:
+            with torch.no_grad():
+                self._admit()
+                self._append()
+                self._rounds.advance(self._running)
+        except BaseException as error:
+            for request in self._running:
+                if not request.done:
+                    request.fail(error)
+            self._rounds.forget()
+            raise
+        finally:
+            self._remove_done()
+        return bool(self._running or self._waiting)
+
+    def _remove_cancelled(self) -> None:
+        for request in (*self._waiting, *self._running):
+            if request.cancelled and not request.done:
+                request.state = "done"
+        self._waiting = deque(request for request in self._waiting if not request.done)
+        self._rounds.remove_done()
+        self._remove_done()
+
+    def _remove_done(self) -> None:
+        for request in self._running:
+            if request.done:
+                self._release(request)
+        self._running = [request for request in self._running if not request.done]
+
+    def _release(self, request: Request) -> None:
+        for sequence in request.sequences:
+            self._kv.release(sequence)
+        request.sequences = []
+
+    @property
+    def _kv(self) -> KeyValueCache:
+        assert self._cache is not None
+        return self._cache
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def _options_of(
+        self,
+        prompts: Sequence[Document],
+        options: GenerationOptions | Sequence[GenerationOptions] | None,
+        seeds: Sequence[int] | None,
+    ) -> tuple[Sequence[GenerationOptions], Sequence[int]]:
+        if options is None or isinstance(options, GenerationOptions):
+            first = options or GenerationOptions()
+            every: Sequence[GenerationOptions] = [first] * len(prompts)
+            default: Sequence[int] = range(first.seed, first.seed + len(prompts))
+        else:
+            every, default = options, [own.seed for own in options]
+            if len(every) != len(prompts):
+                raise ValueError(f"{len(every)} options were given, but {len(prompts)} are needed, one per prompt")
+        seeds = default if seeds is None else seeds
+        check_seeds(seeds, len(prompts), "prompt")
+        return every, seeds
+
+    def _request(
+        self,
+        prompt: Document,
+        options: GenerationOptions,
+        seed: int,
+        on_event: OnEvent | None = None,
+        preview_every: int = 0,
+        progress: Progress | None = None,
+    ) -> Request:
         drawing = options.drawing or drawing_defaults(self.model)
         if drawing.candidates > 1 and not (options.pictures == "force" and options.max_new_tokens == 0):
             raise ValueError(
                 f"{drawing.candidates} candidates per picture, but writing goes on after one picture only; "
                 "use candidates=1, or pictures='force' with max_new_tokens=0"
             )
-        seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
-        check_seeds(seeds, len(prompts), "prompt")
-        encoded = [self._encode(prompt) for prompt in prompts]
-        for document in encoded:
-            self._check_room(document, options)
-        answers: list[Answer] = []
-        with _evaluating(self.model):
-            for start in range(0, len(encoded), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                if options.num_beams > 1:
-                    answers += self._search_batch(encoded[rows], options)
-                else:
-                    answers += self._answer_batch(encoded[rows], seeds[rows], options, drawing, progress)
-        return answers
-
-    @torch.no_grad()
-    def conditions(self, prompts: Sequence[Document]) -> Tensor:
-        """The UNet's conditions for drawing a picture right after each prompt, [M, Q, C]. Raises as `answers`."""
-        encoded = [self._encode(prompt) for prompt in prompts]
-        options = GenerationOptions(max_new_tokens=0, pictures="force")
-        for document in encoded:
-            self._check_room(document, options)
-        with _evaluating(self.model):
-            return self._project(self._dream_states(encoded))
-
-    @torch.no_grad()
-    def dream_states(self, prompts: Sequence[Document]) -> Tensor:
-        """States at the dream queries after each prompt, [M, Q, H], before the condition projector."""
-        with _evaluating(self.model):
-            return self._dream_states([self._encode(prompt) for prompt in prompts])
-
-    @torch.no_grad()
-    def null_states(self, negative_prompt: str = "") -> Tensor:
-        """States at the dream queries after the negative or the empty prompt, [Q, H]."""
-        encoded = EncodedDocument(name="negative prompt" if negative_prompt else "empty prompt")
-        encoded.append([self.layout.bos], learn=False)
-        if negative_prompt:
-            encoded.append(self.processor.encode_text(negative_prompt), learn=False)
-        self._check_room(encoded, GenerationOptions(max_new_tokens=0, pictures="force"))
-        with _evaluating(self.model):
-            return self._dream_states([encoded])[0]
-
-    def null_condition(self, negative_prompt: str = "") -> Tensor:
-        """The condition [Q, C] that guidance leads away from, of the empty or a negative prompt.
-
-        Those of the latest prompts are kept until a parameter they depend on changes.
-        """
-        version = self._parameter_version()
-        kept = self._kept_nulls.pop(negative_prompt, None)
-        if kept is None or kept[0] != version:
-            kept = version, self._project(self.null_states(negative_prompt))
-        while len(self._kept_nulls) >= KEPT_NULL_CONDITIONS:
-            self._kept_nulls.pop(next(iter(self._kept_nulls)))  # the one used longest ago
-        self._kept_nulls[negative_prompt] = kept
-        return kept[1]
-
-    def _parameter_version(self) -> tuple:
-        model = self.model
-        parts = (model.language_model, model.condition_projector)
-        parameters = [model.dream_queries, *(p for part in parts for p in part.parameters())]
-        # PyTorch counts in-place changes; a replaced tensor has another address.
-        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-
-    @torch.no_grad()
-    def _project(self, states: Tensor) -> Tensor:
-        return self.model.project_condition(states)
-
-    # -- prompts -------------------------------------------------------------------------------------------------------
+        if options.pictures != "forbid" and drawing not in self._checked:
+            self._rounds.check(drawing)
+            if drawing.guided:
+                self._encode_null(drawing.negative_prompt)
+            self._checked.add(drawing)
+        encoded = self._encode(prompt)
+        self._check_room(encoded, options)
+        decode = self.processor.decode_text
+        request = Request(encoded, options, drawing, seed, self.layout, decode, on_event, preview_every, progress)
+        needed, most = self._most_tokens(request), self._max_cache_tokens
+        if most is not None and needed > most:
+            raise ValueError(
+                f"{encoded.name or 'the prompt'} may need {needed} positions of a cache of {most}; shorten it, allow "
+                "fewer tokens or pictures, or raise max_cache_tokens"
+            )
+        return request
 
     def _encode(self, prompt: Document) -> EncodedDocument:
         texts = [part.text for part in prompt.parts if isinstance(part, Text)]
@@ -201,224 +300,133 @@ class Engine:
                 f"{excess} (the context holds {self.layout.max_length} tokens)"
             )
 
-    def _embed(self, documents: Sequence[EncodedDocument]) -> list[Tensor]:
-        ids = torch.tensor([i for document in documents for i in document.input_ids], device=self.model.device)
-        images = [load_picture(source) for document in documents for source in document.images]
+    # -- who takes part ------------------------------------------------------------------------------------------------
+
+    def _current_decoder(self) -> CachedDecoder:
+        model = self.model
+        return CachedDecoder.of(
+            model.decoder, model.layout.max_length, self._pack_weights, model.get_output_embeddings()
+        )
+
+    def _most_tokens(self, request: Request) -> int:
+        """Positions that a request may come to take, in whole pages."""
+        options, layout = request.options, self.layout
+        most = layout.max_length
+        if request.lone_picture:
+            return -(-(len(request.encoded) + layout.dream_length) // PAGE_SIZE) * PAGE_SIZE
+        if options.pictures == "forbid" or options.max_pictures is not None:
+            picture = layout.dream_length + layout.image_length
+            pictures = 0 if options.pictures == "forbid" else options.max_pictures or 0
+            most = min(most, len(request.encoded) + options.max_new_tokens + pictures * picture)
+        beams = options.num_beams
+        return beams * (-(-most // PAGE_SIZE) + (beams > 1)) * PAGE_SIZE
+
+    def _admit(self) -> None:
+        """Lets waiting requests in, in their order."""
+        if not self._waiting:
+            return
+        if not self._running:
+            self._decoder = self._current_decoder()
+            if self._cache is None or not self._decoder.fits(self._cache):
+                most = self._max_cache_tokens
+                self._cache = self._decoder.new_cache(None if most is None else max(1, most // PAGE_SIZE))
+        while self._waiting and len(self._running) < self.batch_size:
+            if self._max_cache_tokens is not None:
+                taken = sum(self._most_tokens(request) for request in (*self._running, self._waiting[0]))
+                if taken > self._max_cache_tokens:
+                    return
+            request = self._waiting.popleft()
+            request.sequences = [self._kv.new()]
+            request.state = "prompt"
+            self._running.append(request)
+
+    # -- the pass through the language model ---------------------------------------------------------------------------
+
+    def _append(self) -> None:
+        """Appends to the cache what every request has next, then chooses tokens."""
+        writing = [request for request in self._running if request.state == "writing"]
+        pieces = self._pieces()
+        entries = [(request, sequence) for request in writing for sequence in request.sequences]
+        counts = [1] * len(entries) + [len(piece) for _, piece in pieces]
+        if not counts:
+            return
+        embeds = [piece for _, piece in pieces]
+        if entries:
+            tokens = [token for request in writing for token in request.next_tokens]
+            embeds.insert(0, self.model.get_input_embeddings()(torch.tensor(tokens, device=self.model.device)))
+        # Of a piece that ends with the dream queries the states there are wanted, of all others the last one.
+        ends = torch.tensor(counts).cumsum(0)
+        asking = [request.next_is_picture for request, _ in pieces]
+        queries = torch.arange(-self.layout.num_dream_queries - 1, -1)
+        asked = [e + queries for e, a in zip(ends[len(entries) :].tolist(), asking, strict=True) if a]
+        last = [e for e, a in zip(ends.tolist(), [False] * len(entries) + asking, strict=True) if not a]
+        wanted = torch.cat([torch.tensor(last, dtype=torch.long) - 1, *asked]).to(self.model.device)
+        sequences = [sequence for _, sequence in entries] + [request.sequences[0] for request, _ in pieces]
+        states = self._decoder.advance(self._kv, sequences, counts, torch.cat(embeds), wanted)
+        dreamers = [request for (request, _), a in zip(pieces, asking, strict=True) if a]
+        if dreamers:
+            self._begin_pictures(dreamers, states[len(last) :].unflatten(0, (len(dreamers), -1)))
+        readers = [request for (request, _), a in zip(pieces, asking, strict=True) if not a]
+        if last:
+            self._write(writing, readers, self._decoder.logits(states[: len(last)]))
+
+    def _pieces(self) -> list[tuple[Request, Tensor]]:
+        """Embeddings of the prompts, dream queries and created pictures that are next."""
+        waiting = [request for request in self._running if request.state in ("prompt", "dreaming", "reading")]
+        due: list[Request] = []
+        total = 0
+        for request in waiting:
+            size = {"dreaming": self.layout.dream_length, "reading": self.layout.image_length}.get(
+                request.state, len(request.encoded) + request.next_is_picture * self.layout.dream_length
+            )
+            total += size
+            if due and total > self._max_step_tokens:
+                break
+            due.append(request)
+        prompts = self._load_prompts([request for request in due if request.state == "prompt"])
+        dream = self._dream_piece() if any(request.next_is_picture for request in due) else None
+        embedded = iter(self._embed([(r.encoded, pictures) for r, pictures in prompts]))
+        found = [(r, next(embedded)) for r, _ in prompts]
+        if dream is not None:
+            found = [(r, torch.cat([piece, dream]) if r.next_is_picture else piece) for r, piece in found]
+            found += [(r, dream) for r in due if r.state == "dreaming"]
+        reading = [request for request in due if request.state == "reading"]
+        if reading:
+            pictures = [request.candidates[-1] for request in reading]
+            found += zip(reading, self._picture_pieces([p for p in pictures if p is not None]), strict=True)
+        return found
+
+    def _load_prompts(self, requests: Sequence[Request]) -> list[tuple[Request, list[Image.Image]]]:
+        """The pictures of each prompt. A request whose pictures cannot be read fails alone."""
+        loaded: list[tuple[Request, list[Image.Image]]] = []
+
+        def load(request: Request) -> None:
+            loaded.append((request, [load_picture(source) for source in request.encoded.images]))
+
+        for request in requests:
+            request.attempt(load, request)
+        return loaded
+
+    def _embed(self, documents: Sequence[tuple[EncodedDocument, Sequence[Image.Image]]]) -> list[Tensor]:
+        if not documents:
+            return []
+        ids = torch.tensor([i for document, _ in documents for i in document.input_ids], device=self.model.device)
+        images = [image for _, pictures in documents for image in pictures]
         features = self._features(images) if images else None
         slots = find_slots(ids[None], self.layout, first_call=True)
         assert slots is not None
         embeds = self.model.embed(ids, slots.splice_index(len(images), queries=True), features)
-        return list(embeds.split([len(document) for document in documents]))
+        return list(embeds.split([len(document) for document, _ in documents]))
 
     def _features(self, images: Sequence[Image.Image]) -> Tensor:
         return self.model.encode_images(self.processor.vision(images).to(self.model.device))
 
-    def _rows(self, count: int) -> Rows:
-        """Empty rows of the engine's cache, which is made when it is first needed, and again for another dtype."""
-        if self._cache is None or not self._decoder.fits(self._cache):
-            self._cache = self._decoder.new_cache()
-        return Rows(self._decoder, self._cache, count)
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
-
-    def _answer_batch(
-        self,
-        documents: Sequence[EncodedDocument],
-        seeds: Sequence[int],
-        options: GenerationOptions,
-        drawing: DrawingOptions,
-        progress: Progress | None,
-    ) -> list[Answer]:
-        with self._rows(len(documents)) as cache:
-            return self._answer_rows(cache, documents, seeds, options, drawing, progress)
-
-    def _answer_rows(
-        self,
-        cache: Rows,
-        documents: Sequence[EncodedDocument],
-        seeds: Sequence[int],
-        options: GenerationOptions,
-        drawing: DrawingOptions,
-        progress: Progress | None,
-    ) -> list[Answer]:
-        states = cache.advance(self._embed(documents))
-        forced = options.pictures == "force"
-        requests = [
-            _Request(
-                options,
-                drawing,
-                seed,
-                document.input_ids,
-                len(document),
-                state[-1],
-                torch.Generator().manual_seed(seed),
-                forced,
-            )
-            for document, seed, state in zip(documents, seeds, states, strict=True)
-        ]
-        active = list(requests)
-        while active:
-            # Who waits for a picture waits until everyone does, so that pictures are drawn together.
-            if all(request.draws_now for request in active):
-                active = self._draw_pictures(cache, active, progress)
-            else:
-                active = self._write_tokens(cache, active)
-        return [self._finish(request) for request in requests]
-
-    def _write_tokens(self, cache: Rows, active: list[_Request]) -> list[_Request]:
-        """One token for every request that is writing."""
-        writing = [request for request in active if not request.draws_now]
-        logits = self.model.get_output_embeddings()(torch.stack([request.last for request in writing]))
-        for request, row in zip(writing, logits, strict=True):
-            self._take(request, self._choose(request, row))
-        active = _unfinished(cache, active)
-        fed = [request for request in active if not request.draws_now]
-        if fed:
-            table = self.model.get_input_embeddings()
-            nothing = torch.zeros(0, dtype=torch.long, device=self.model.device)
-            tokens = [nothing if request.draws_now else nothing.new_tensor(request.chosen[-1:]) for request in active]
-            states = cache.advance([table(token) for token in tokens])
-            for request, state in zip(active, states, strict=True):
-                if not request.draws_now:
-                    request.last = state[-1]
-        return active
-
-    def _choose(self, request: _Request, logits: Tensor) -> int:
-        forbidden = self._never
-        o = request.options
-        too_early = len(request.chosen) < o.min_new_tokens
-        if too_early or not self._may_draw(request):
-            forbidden = forbidden.clone()
-            forbidden[self.layout.dream_start] |= not self._may_draw(request)
-            forbidden[self.layout.eos] |= too_early
-        logits = penalise(logits, [*request.prompt, *request.chosen], o.repetition_penalty)
-        return choose_token(logits, forbidden, o.temperature, o.top_p, o.top_k, request.generator)
-
-    def _may_draw(self, request: _Request) -> bool:
-        most = request.options.max_pictures
-        fits = request.length + self.layout.dream_length + self.layout.image_length <= self.layout.max_length
-        return fits and request.options.pictures != "forbid" and (most is None or request.num_drawn < most)
-
-    def _take(self, request: _Request, token: int) -> None:
-        request.chosen.append(token)
-        if token == self.layout.dream_start:
-            request.draws_now = True
-            return
-        request.length += 1
-        if token == self.layout.eos:
-            request.stopped = "end"
-            return
-        request.text_ids.append(token)
-        request.stopped = self._limit(request)
-
-    def _limit(self, request: _Request) -> Stopped | None:
-        if len(request.chosen) >= request.options.max_new_tokens:
-            return "length"
-        return "context" if request.length >= self.layout.max_length else None
-
-    def _draw_pictures(self, cache: Rows, active: list[_Request], progress: Progress | None) -> list[_Request]:
-        """A picture for every request: queries on the cache, denoising, and the picture's features on the cache."""
-        condition = self._project(self._dream(cache, len(active)))
-        drawing = active[0].drawing
-        seeds = [
-            picture_seed(request.seed, request.num_drawn + candidate)
-            for request in active
-            for candidate in range(drawing.candidates)
-        ]
-        null = self.null_condition(drawing.negative_prompt) if drawing.guided else None
-        drawn = draw(self.model, condition, null, drawing, seeds, progress=progress)
-        for request, candidates in zip(active, drawn.split(drawing.candidates), strict=True):
-            self._close_text(request)
-            request.latest = to_pil(candidates[-1])
-            request.parts += [Picture(to_pil(c), comprehension=True, creation=True) for c in candidates]
-            request.num_drawn += drawing.candidates
-            request.draws_now = False
-            request.length += self.layout.dream_length + self.layout.image_length
-            request.stopped = self._limit(request)
-        active = _unfinished(cache, active)
-        if active:
-            states = cache.advance(self._picture_pieces([r.latest for r in active if r.latest is not None]))
-            for request, state in zip(active, states, strict=True):
-                request.last = state[-1]
-        return active
-
-    # -- beams ---------------------------------------------------------------------------------------------------------
-
-    def _search_batch(self, documents: Sequence[EncodedDocument], options: GenerationOptions) -> list[Answer]:
-        with self._rows(len(documents)) as cache:
-            return self._search_rows(cache, documents, options)
-
-    def _search_rows(
-        self, cache: Rows, documents: Sequence[EncodedDocument], options: GenerationOptions
-    ) -> list[Answer]:
-        states = [state[-1:] for state in cache.advance(self._embed(documents))]
-        rooms = [self.layout.max_length - len(document) for document in documents]
-        searches = [
-            BeamSearch(
-                options.num_beams,
-                self.layout.eos,
-                min(options.max_new_tokens, room),
-                options.length_penalty,
-                options.early_stopping,
-            )
-            for room in rooms
-        ]
-        active = [(search, document) for search, document in zip(searches, documents, strict=True)]
-        while active:
-            logits = self.model.get_output_embeddings()(torch.cat(states)).float().split([len(s) for s in states])
-            parents: list[int] = []  # rows of the cache that the new beams continue
-            first, living = 0, []
-            for (search, document), rows in zip(active, logits, strict=True):
-                chosen = search.advance(self._log_probabilities(search, document, rows, options))
-                if not search.done:
-                    parents += [first + (beam if len(rows) > 1 else 0) for beam in chosen]
-                    living.append((search, document))
-                first += len(rows)
-            active = living
-            if active:
-                cache.choose(parents)
-                tokens = torch.tensor([b[-1] for search, _ in active for b in search.beams], device=self.model.device)
-                new = cache.advance(list(self.model.get_input_embeddings()(tokens)[:, None]))
-                states = list(torch.cat(new).split([search.num_beams for search, _ in active]))
-        return [self._found(search, room) for search, room in zip(searches, rooms, strict=True)]
-
-    def _log_probabilities(
-        self, search: BeamSearch, document: EncodedDocument, logits: Tensor, options: GenerationOptions
-    ) -> Tensor:
-        forbidden = self._never.clone()
-        forbidden[self.layout.dream_start] = True
-        forbidden[self.layout.eos] |= search.length < options.min_new_tokens
-        found = torch.log_softmax(logits, dim=-1)
-        if options.repetition_penalty != 1.0:
-            seen = [[*document.input_ids, *beam] for beam in search.beams[: len(found)]]
-            found = torch.stack([penalise(*row, options.repetition_penalty) for row in zip(found, seen, strict=True)])
-        return found.masked_fill(forbidden, float("-inf"))
-
-    def _found(self, search: BeamSearch, room: int) -> Answer:
-        tokens, ended = search.best.tokens, search.best.tokens[-1] == self.layout.eos
-        text = self.processor.decode_text(list(tokens[:-1] if ended else tokens))
-        parts: list[Part] = [Text(text)] if text else []
-        stopped: Stopped = "end" if ended else "context" if len(tokens) == room else "length"
-        return Answer(
-            Document((*parts, End()) if ended else tuple(parts), "error", "answer"), tokens, stopped, search.best.score
-        )
-
-    def _dream_states(self, documents: Sequence[EncodedDocument]) -> Tensor:
-        states = []
-        for start in range(0, len(documents), self.batch_size):
-            batch = documents[start : start + self.batch_size]
-            with self._rows(len(batch)) as cache:
-                cache.advance(self._embed(batch))
-                states.append(self._dream(cache, len(batch)))
-        return torch.cat(states)
-
-    def _dream(self, cache: Rows, count: int) -> Tensor:
-        """`<dream_start>`, the queries and `<dream_end>` in one pass; the states at the queries, [B, Q, H]."""
+    def _dream_piece(self) -> Tensor:
+        """`<dream_start>`, the queries and `<dream_end>`."""
         ids = torch.tensor(self.layout.dream_ids(), device=self.model.device)
         index = torch.full_like(ids, -1)
         index[1:-1] = torch.arange(self.layout.num_dream_queries, device=self.model.device)
-        piece = self.model.embed(ids, index, None)
-        return torch.stack(cache.advance([piece] * count))[:, 1:-1]
+        return self.model.embed(ids, index, None)
 
     def _picture_pieces(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         ids = torch.tensor([self.layout.im_start, self.layout.im_end], device=self.model.device)
@@ -426,25 +434,141 @@ class Engine:
         features = self._features([load_picture(picture) for picture in pictures])
         return [torch.cat([start, f.to(start.dtype), end]) for f in features]
 
-    def _close_text(self, request: _Request) -> None:
-        text = self.processor.decode_text(request.text_ids)
-        request.text_ids = []
-        if text:
-            request.parts.append(Text(text))
+    # -- what comes next -----------------------------------------------------------------------------------------------
 
-    def _finish(self, request: _Request) -> Answer:
-        self._close_text(request)
-        assert request.stopped is not None
-        if request.stopped == "end":
-            request.parts.append(End())
-        return Answer(Document(tuple(request.parts), "error", "answer"), tuple(request.chosen), request.stopped)
+    def _begin_pictures(self, requests: Sequence[Request], states: Tensor) -> None:
+        for request, condition in zip(requests, self._project(states), strict=True):
+            request.condition = condition
+            request.candidates = [None] * request.drawing.candidates
+            request.wants_picture = False
+            request.state = "drawing"
+            if request.lone_picture:
+                self._release(request)
 
+    def _write(self, writing: Sequence[Request], readers: Sequence[Request], logits: Tensor) -> None:
+        """The next token of every request: `writing` have a row of logits per sequence, `readers` one."""
+        rows = iter(logits)
+        for request in writing:
+            request.attempt(self._continue, request, [next(rows) for _ in request.sequences])
+        for request in readers:
+            request.attempt(self._continue, request, [next(rows)])
 
-def _unfinished(cache: Rows, active: list[_Request]) -> list[_Request]:
-    rows = [row for row, request in enumerate(active) if request.stopped is None]
-    if rows and len(rows) < len(active):
-        cache.choose(rows)
-    return [active[row] for row in rows]
+    def _continue(self, request: Request, logits: Sequence[Tensor]) -> None:
+        if request.search is not None:
+            self._search(request, torch.stack(list(logits)))
+            return
+        draws, request.wants_picture = request.wants_picture and request.may_draw, False
+        if draws:
+            request.state = "dreaming"
+        else:
+            request.take(self._choose(request, logits[0]))
+
+    def _choose(self, request: Request, logits: Tensor) -> int:
+        o = request.options
+        logits = penalise(logits, [*request.encoded.input_ids, *request.chosen], o.repetition_penalty)
+        forbidden = self._forbidden(not request.may_draw, request.end_forbidden)
+        return choose_token(logits, forbidden, o.temperature, o.top_p, o.top_k, request.generator)
+
+    def _forbidden(self, dreams: bool, end: bool) -> Tensor:
+        forbidden = self._never
+        if dreams or end:
+            forbidden = forbidden.clone()
+            forbidden[self.layout.dream_start] |= dreams
+            forbidden[self.layout.eos] |= end
+        return forbidden
+
+    def _search(self, request: Request, logits: Tensor) -> None:
+        search, penalty = request.search, request.options.repetition_penalty
+        assert search is not None
+        found = torch.log_softmax(logits.float(), dim=-1)
+        if penalty != 1.0:
+            seen = [[*request.encoded.input_ids, *beam] for beam in search.beams[: len(found)]]
+            found = torch.stack([penalise(*row, penalty) for row in zip(found, seen, strict=True)])
+        parents = search.advance(found.masked_fill(self._forbidden(True, request.end_forbidden), float("-inf")))
+        request.state = "writing"
+        if search.done:
+            request.finish_search()
+            return
+        # From the prompt all beams continue one sequence.
+        origins = request.sequences if len(request.sequences) > 1 else request.sequences * search.num_beams
+        forks = [self._kv.fork(origins[parent]) for parent in parents]
+        self._release(request)
+        request.sequences = forks
+
+    # -- conditions ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def conditions(self, prompts: Sequence[Document]) -> Tensor:
+        """The UNet's conditions for drawing a picture right after each prompt, [M, Q, C]. Raises as `answers`."""
+        encoded = [self._encode(prompt) for prompt in prompts]
+        options = GenerationOptions(max_new_tokens=0, pictures="force")
+        for document in encoded:
+            self._check_room(document, options)
+        with _evaluating(self.model):
+            return self._project(self._dream_states(encoded))
+
+    @torch.no_grad()
+    def dream_states(self, prompts: Sequence[Document]) -> Tensor:
+        """States at the dream queries after each prompt, [M, Q, H], before the condition projector."""
+        with _evaluating(self.model):
+            return self._dream_states([self._encode(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def null_states(self, negative_prompt: str = "") -> Tensor:
+        """States at the dream queries after the negative or the empty prompt, [Q, H]."""
+        encoded = self._encode_null(negative_prompt)
+        with _evaluating(self.model):
+            return self._dream_states([encoded])[0]
+
+    def null_condition(self, negative_prompt: str = "") -> Tensor:
+        """The condition [Q, C] that guidance leads away from, of the empty or a negative prompt.
+
+        Those of the latest prompts are kept until a parameter they depend on changes.
+        """
+        version = self._parameter_version()
+        kept = self._kept_nulls.pop(negative_prompt, None)
+        if kept is None or kept[0] != version:
+            kept = version, self._project(self.null_states(negative_prompt))
+        while len(self._kept_nulls) >= KEPT_NULL_CONDITIONS:
+            self._kept_nulls.pop(next(iter(self._kept_nulls)))  # the one used longest ago
+        self._kept_nulls[negative_prompt] = kept
+        return kept[1]
+
+    def _encode_null(self, negative_prompt: str) -> EncodedDocument:
+        encoded = EncodedDocument(name="negative prompt" if negative_prompt else "empty prompt")
+        encoded.append([self.layout.bos], learn=False)
+        if negative_prompt:
+            encoded.append(self.processor.encode_text(negative_prompt), learn=False)
+        self._check_room(encoded, GenerationOptions(max_new_tokens=0, pictures="force"))
+        return encoded
+
+    def _parameter_version(self) -> tuple:
+        model = self.model
+        parts = (model.language_model, model.condition_projector)
+        parameters = [model.dream_queries, *(p for part in parts for p in part.parameters())]
+        # PyTorch counts in-place changes; a replaced tensor has another address.
+        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
+
+    @torch.no_grad()
+    def _project(self, states: Tensor) -> Tensor:
+        return self.model.project_condition(states)
+
+    def _dream_states(self, documents: Sequence[EncodedDocument]) -> Tensor:
+        decoder = self._current_decoder()
+        dream = self._dream_piece()
+        queries = torch.arange(-self.layout.num_dream_queries - 1, -1)
+        states = []
+        for start in range(0, len(documents), self.batch_size):
+            batch = documents[start : start + self.batch_size]
+            loaded = [(document, [load_picture(source) for source in document.images]) for document in batch]
+            pieces = [torch.cat([piece, dream]) for piece in self._embed(loaded)]
+            counts = [len(piece) for piece in pieces]
+            wanted = torch.cat([end + queries for end in torch.tensor(counts).cumsum(0)]).to(self.model.device)
+            cache = decoder.new_cache()
+            sequences: list[CachedSequence] = [cache.new() for _ in pieces]
+            found = decoder.advance(cache, sequences, counts, torch.cat(pieces), wanted)
+            states.append(found.unflatten(0, (len(pieces), -1)))
+        return torch.cat(states)
 
 
 def _never_chosen(model: DreamLLM, processor: DreamLLMProcessor) -> Tensor:

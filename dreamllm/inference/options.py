@@ -12,7 +12,7 @@ from dreamllm.inference.beams import EarlyStopping
 from dreamllm.inference.drawing import DrawingOptions
 
 Pictures = Literal["allow", "forbid", "force"]
-Stopped = Literal["end", "length", "context"]
+Stopped = Literal["end", "length", "context", "stop"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GenerationOptions:
             transformers' beam search. Only with forbidden pictures and temperature 0.
         length_penalty: beams are ranked by the logarithm of their probability over length ** length_penalty.
         early_stopping: when a beam search ends: False, True or "never", as in transformers.
+        stop: strings that end the answer; it holds what comes before the first of them since the last picture.
         seed: of the first request; decides the sampling and the noise of its pictures. Request i has seed + i unless
             seeds are given.
         drawing: how pictures are drawn; None: as the model's configuration recommends.
@@ -53,6 +54,7 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    stop: tuple[str, ...] = ()
     seed: int = 0
     drawing: DrawingOptions | None = None
 
@@ -79,6 +81,8 @@ class GenerationOptions:
             )
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a tuple of strings that are not empty, not {self.stop!r}")
         self._check_beams()
 
     def _check_beams(self) -> None:
@@ -101,9 +105,9 @@ class Answer:
     """What the model made of a prompt.
 
     `document` holds its text, pictures (PIL, 8 bit) and, where the model ended it, the end token. `token_ids` are the
-    tokens that the model chose, in order. `stopped`: "end" (the model chose the end token), "length"
-    (`max_new_tokens` or a lone forced picture) or "context" (no room left). `score`: of a beam search, the logarithm of
-    the answer's probability over its length ** length_penalty.
+    tokens that the model chose, in order. `stopped`: "end" (the model chose the end token), "length" (`max_new_tokens`
+    or a lone forced picture), "context" (no room left) or "stop" (a stop string). `score`: of a beam search, the
+    logarithm of the answer's probability over its length ** length_penalty.
     """
 
     document: Document

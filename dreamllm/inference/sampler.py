@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,13 +90,8 @@ def draw(
     latent_shape = _latent_shape(model, options)
     count = _check(model, condition, null_condition, options, seeds, init_latents, latent_shape)
     condition = condition.repeat_interleave(options.candidates, dim=0)
-    make = _scheduler_maker(model, options, scheduler)
-    first = make()
-    steps = len(first.timesteps)  # of some schedulers not options.steps: Heun's method calls the UNet twice per step
-    prepare = model.prepare_condition if prepare_condition is None else prepare_condition
-    schedule = _schedule_of(first, options, model.device)
-    times = model.prepare_times(_timesteps(first, schedule, model.device))
-    loop = _Loop(model.unet, options, schedule, prepare, times)
+    loop, make = _loop_of(model, options, scheduler, prepare_condition)
+    steps = len(loop.times)
     if graphs is not None:
         _check_graphs(model, loop, on_step)
     batches = range(0, count, options.batch_size)
@@ -108,7 +103,10 @@ def draw(
         context = _context(model, condition[rows], null_condition if options.guided else None)
         tick = _shifted(progress, number, len(batches), steps)
         if loop.schedule is None:
-            latents = _run_scheduler(loop, make(), latents.to(model.device), context, noise, tick, on_step)
+            stepping = _scheduler_steps(loop, make(), latents.to(model.device), context, noise, on_step)
+            for done, after in enumerate(stepping, 1):
+                latents = after
+                tick(done)
         else:
             latents = latents.to(model.device, torch.float32) * loop.schedule.init_noise_sigma
             if graphs is None:
@@ -120,6 +118,53 @@ def draw(
     if not pictures:
         return torch.zeros(0, model.config.picture_channels, *_pixels(model, latent_shape), device=model.device)
     return torch.cat(pictures)
+
+
+class Denoising:
+    """One batch of pictures that is drawn step by step, between other work. Pictures are those of `draw`.
+
+    Arguments as of `draw`; `options.candidates` and `options.batch_size` do not count: condition [M, Q, C] and M seeds
+    make M pictures. Raises as `draw`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: DreamLLM,
+        condition: Tensor,
+        null_condition: Tensor | None,
+        options: DrawingOptions,
+        seeds: Sequence[int],
+    ) -> None:
+        options = replace(options, candidates=1)
+        shape = _latent_shape(model, options)
+        _check(model, condition, null_condition, options, seeds, None, shape)
+        loop, make = _loop_of(model, options, None, None)
+        noise = _Noise(shape, seeds, model.device)
+        context = _context(model, condition, null_condition if options.guided else None)
+        latents = noise.first().to(model.device)
+        if loop.schedule is None:
+            self._steps = _scheduler_steps(loop, make(), latents, context, noise)
+        else:
+            self._steps = loop.steps(latents * loop.schedule.init_noise_sigma, context, noise.next)
+        self._vae, self._latents = model.vae, latents
+        self.steps = len(loop.times)
+        self.steps_done = 0
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done == self.steps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One denoising step of all pictures."""
+        self._latents = next(self._steps)
+        self.steps_done += 1
+
+    @torch.no_grad()
+    def pictures(self) -> Tensor:
+        """float32 [M, channels, height, width] in [0, 1]: the pictures, or what there is of them so far."""
+        return decode_latents(self._vae, self._latents)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -173,6 +218,15 @@ class _Loop:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """All steps; latents float32. The host waits for nothing unless `on_step` does."""
+        for done, after in enumerate(self.steps(latents, context, next_noise, on_step), 1):
+            latents = after
+            tick(done)
+        return latents
+
+    def steps(
+        self, latents: Tensor, context: Tensor, next_noise: Callable[[], Tensor], on_step: OnStep | None = None
+    ) -> Iterator[Tensor]:
+        """The latents after each step."""
         schedule, guided = self.schedule, self.options.guided
         assert schedule is not None
         prepared = self.prepare_condition(context)
@@ -184,8 +238,7 @@ class _Loop:
             noise = next_noise() if schedule.needs_noise[step] else None
             latents, history = guided_step(latents, prediction, schedule, step, scale, rescale, noise, history)
             latents = _after(on_step, step + 1, latents)
-            tick(step + 1)
-        return latents
+            yield latents
 
     def key(self) -> tuple:
         """What a captured loop depends on beside its inputs."""
@@ -205,16 +258,10 @@ class _Loop:
         )
 
 
-def _run_scheduler(
-    loop: _Loop,
-    scheduler: Any,
-    latents: Tensor,
-    context: Tensor,
-    noise: _Noise,
-    tick: Callable[[int], None],
-    on_step: OnStep | None,
-) -> Tensor:
-    """All steps by the scheduler's own `step`."""
+def _scheduler_steps(
+    loop: _Loop, scheduler: Any, latents: Tensor, context: Tensor, noise: _Noise, on_step: OnStep | None = None
+) -> Iterator[Tensor]:
+    """The latents after each step, taken by the scheduler's own `step`."""
     options = loop.options
     known = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {"generator": noise.generators} if "generator" in known else {}
@@ -229,8 +276,7 @@ def _run_scheduler(
             predicted = _guide(unconditional, conditional, options)
         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
         latents = _after(on_step, step + 1, latents)
-        tick(step + 1)
-    return latents
+        yield latents
 
 
 def _guide(unconditional: Tensor, conditional: Tensor, options: DrawingOptions) -> Tensor:
@@ -284,6 +330,22 @@ class _CapturedLoop:
 # -- what the loop is made of ------------------------------------------------------------------------------------------
 
 
+def _loop_of(
+    model: DreamLLM,
+    options: DrawingOptions,
+    scheduler: Any,
+    prepare_condition: Callable[[Tensor], Any] | None,
+) -> tuple[_Loop, Callable[[], Any]]:
+    """The loop, and what makes its scheduler."""
+    make = _scheduler_maker(model, options, scheduler)
+    first = make()
+    prepare = model.prepare_condition if prepare_condition is None else prepare_condition
+    schedule = _schedule_of(first, options, model.device)
+    # Of some schedulers not options.steps times: Heun's method calls the UNet twice per step.
+    times = model.prepare_times(_timesteps(first, schedule, model.device))
+    return _Loop(model.unet, options, schedule, prepare, times), make
+
+
 def _scheduler_maker(model: DreamLLM, options: DrawingOptions, scheduler: Any) -> Callable[[], Any]:
     """Makes a scheduler with its steps set; a new one for every batch, because schedulers remember where they are."""
     if scheduler is None:
@@ -299,7 +361,7 @@ def _schedule_of(scheduler: Any, options: DrawingOptions, device: torch.device) 
             f"drawing takes the steps of {type(scheduler).__name__} in eager PyTorch: {reason}; expect several times "
             "the time of guided_step between two calls of the UNet, and no CUDA graph",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
 
@@ -362,6 +424,11 @@ def _latent_shape(model: DreamLLM, options: DrawingOptions) -> tuple[int, int, i
             raise ValueError(f"size must be a positive multiple of {multiple} pixels, not {options.size}")
         side = options.size // model.config.spatial_factor
     return channels, side, side
+
+
+def check_size(model: DreamLLM, options: DrawingOptions) -> None:
+    """Raises `ValueError` for a size that the model cannot draw."""
+    _latent_shape(model, options)
 
 
 def _pixels(model: DreamLLM, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
