@@ -55,7 +55,7 @@ class PictureDrawn:
 class Finished:
     """The end of an answer. `reason`: as in `Answer.stopped`, or that it was cancelled."""
 
-    reason: Literal["end", "length", "context", "cancelled"]
+    reason: Literal["end", "length", "context", "stop", "cancelled"]
     usage: Usage = field(default_factory=Usage)
 
 

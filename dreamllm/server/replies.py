@@ -10,7 +10,7 @@ from dreamllm.server.backend import Event, Finished, PictureDrawn, TextPiece, Us
 from dreamllm.server.pictures import png_base64
 from dreamllm.server.prompts import markdown_picture
 
-_REASONS = {"end": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+_REASONS = {"end": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
 class StopFilter:
