@@ -27,6 +27,7 @@ from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes import RECIPES
 from dreamllm.server.command import serve
+from dreamllm.training.command import merge
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Command | Group] = {
     "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),
+    "merge": Command(merge, ("out",)),
     "profile": Command(profile),
     "plan": Command(plan),
     "data": Group(

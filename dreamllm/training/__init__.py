@@ -19,6 +19,7 @@ from dreamllm.training.errors import (
 )
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder
+from dreamllm.training.merge import merge_stage1
 from dreamllm.training.metrics import read_metrics
 from dreamllm.training.observers import RunObserver
 from dreamllm.training.runner import run
@@ -41,6 +42,7 @@ __all__ = [
     "learning_rate",
     "load_stored_batch",
     "make_folder",
+    "merge_stage1",
     "processes",
     "read_metrics",
     "run",

@@ -22,7 +22,7 @@ from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
 from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import quiet_transformers, say
-from dreamllm.training.sharding import ShardedModel
+from dreamllm.training.sharding import ShardedModel, compile_layers, shards
 from dreamllm.training.stage import StageResult, StageTrainer
 from dreamllm.training.step import Pass
 
@@ -98,7 +98,7 @@ class _Run:
         if self.processes.main:
             make_folder(self.config.out / stage.name)
         if self.loaded is None:
-            self.loaded = _load(self.source, self.config.settings)
+            self.loaded = _load(self.source, self.config.settings, shards(self.config.settings, self.processes))
         trainer = StageTrainer(
             self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes, self.observers
         )
@@ -145,13 +145,12 @@ class _Run:
         return self.config.out / self.config.stages[number].name / MODEL
 
 
-def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProcessor]:
+def _load(folder: Path, settings: RunSettings, sharded: bool) -> tuple[DreamLLM, DreamLLMProcessor]:
     dtype = torch.bfloat16 if settings.precision == "pure_bfloat16" else torch.float32
     model: Any = DreamLLM.from_pretrained(folder, dtype=dtype)
     model.use_fused_operators(settings.fused_operators)
-    if settings.compile_layers:
-        for layer in model.decoder.layers:
-            layer.forward = torch.compile(layer.forward)
+    if settings.compile_layers and not sharded:
+        compile_layers(model)
     return model, DreamLLMProcessor.from_pretrained(folder)
 
 

@@ -49,6 +49,8 @@ class ShardedModel(Pass):
         layers = [layer for layer in decoder.layers if any(p.requires_grad for p in layer.parameters())]
         whole = {p for p in model.parameters() if not p.requires_grad}
         _make_whole(model, whole, settings, processes.device)
+        if settings.compile_layers:
+            compile_layers(model)
         common: dict[str, Any] = {"mesh": self.mesh, "mp_policy": _policy(settings), "ignored_params": whole}
         self.lane = _Lane(model, stage, layers)
         for layer in layers:
@@ -116,6 +118,18 @@ class _Reach(torch.autograd.Function):
         return gradient, *(gradient.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.others)
 
 
+def shards(settings: RunSettings, processes: Processes) -> bool:
+    """Whether a stage runs a `ShardedModel`: with several processes always."""
+    return processes.world > 1 or settings.sharding != "none"
+
+
+def compile_layers(model: DreamLLM) -> None:
+    """Runs each of the decoder's layers through torch.compile, in place."""
+    decoder: Any = model.decoder
+    for layer in decoder.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
 def make_mesh(settings: RunSettings, processes: Processes) -> DeviceMesh:
     """The mesh of `settings.sharding` over all processes. Raises `ValueError` when it does not divide them."""
     world, kind = processes.world, processes.device.type
@@ -142,11 +156,6 @@ def _make_whole(model: DreamLLM, whole: set[nn.Parameter], settings: RunSettings
         dtype = parameter.dtype if settings.precision == "float32" else torch.bfloat16
         parameter.data = parameter.data.to(device, dtype)
     model.use_fused_operators(fused)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

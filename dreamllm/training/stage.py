@@ -42,7 +42,7 @@ from dreamllm.training.metrics import (
 )
 from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import StageProgress, describe_line, say
-from dreamllm.training.sharding import ShardedModel
+from dreamllm.training.sharding import ShardedModel, shards
 from dreamllm.training.step import Pass, count, make_optimizer, prepare_model, run_step, unreached
 
 
@@ -112,11 +112,12 @@ class StageTrainer:
         self.lanes = processes.lanes(stage.micro_batches)
         self.processor, self.observers = processor, tuple(observers)
         self.batches = stage_batches(stage, processor, config.seed, self.settings.max_consecutive_bad)
-        if not self._sharded:
+        sharded = shards(self.settings, processes)
+        if not sharded:
             model.to(self.device)  # a sharded one goes there layer by layer
         prepare_model(model, stage)
         model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
-        if self._sharded:
+        if sharded:
             self.through: Pass = ShardedModel(model, stage, self.settings, processes)
         else:
             self.through = Pass(model, stage, self._autocast())
@@ -138,10 +139,6 @@ class StageTrainer:
         self.elapsed = self.line_elapsed = 0.0
         self.done = self.skipped = 0
         self.metrics_bytes = metrics_bytes
-
-    @property
-    def _sharded(self) -> bool:
-        return self.processes.world > 1 or self.settings.sharding != "none"
 
     def run(self, interrupt: InterruptRequest) -> StageResult:
         """Goes on from the newest checkpoint, or begins, and returns when all steps are done.
@@ -219,7 +216,6 @@ class StageTrainer:
             seed = derive_seed(self.config.seed, self.stage.name, "step", self.done, lane.lane)
             generators.append(torch.Generator(self.device).manual_seed(seed))
             batches.append(lane.batch.to(self.device, non_blocking=True))
-        torch.manual_seed(generators[0].initial_seed())  # for dropout, where a component has it
         skip = self.settings.on_nonfinite == "skip"
         losses = run_step(self.through, self.optimizer, batches, generators, counts, skip)
         self.done += 1

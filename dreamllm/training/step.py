@@ -134,6 +134,7 @@ def run_step(
     sums = torch.zeros(3, device=batches[0].input_ids.device)
     reached = False
     for i, (batch, generator) in enumerate(zip(batches, generators, strict=True)):
+        torch.manual_seed(generator.initial_seed())  # for dropout, where a component has it
         total, parts = through.run(batch, counts, generator, last=i + 1 == len(batches))
         if total.requires_grad:
             reached = True
