@@ -83,9 +83,9 @@ class _Run:
 
     def stages(self, interrupt: InterruptRequest) -> None:
         for number, stage in enumerate(self.config.stages):
-            done = self.config.out / stage.name / DONE
-            if done.is_file():
-                self.metrics_bytes = json.loads(done.read_text())["metrics_bytes"]
+            found = self._summary(stage)
+            if found is not None:
+                self.metrics_bytes = found["metrics_bytes"]
                 say(self.console, f"{stage.name} is complete")
             else:
                 self._train(stage, interrupt)
@@ -93,6 +93,11 @@ class _Run:
             if number + 1 < len(self.config.stages) and self.processes.any(interrupt.requested):
                 say(self.console, f"\nstopped after {stage.name}; rerun the same command to resume")
                 raise TrainingInterrupted
+
+    def _summary(self, stage: StageConfig) -> dict[str, Any] | None:
+        """What a complete stage left. Read by one process: another node's file system may know of it later."""
+        done = self.config.out / stage.name / DONE
+        return self.processes.on_main(lambda: json.loads(done.read_text()) if done.is_file() else None)
 
     def _train(self, stage: StageConfig, interrupt: InterruptRequest) -> None:
         if self.processes.main:
