@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,11 +60,11 @@ class ShardedModel(Pass):
         self.root: FSDPModule = fully_shard(self.lane, reshard_after_forward=False, **common)
         for parameter in model.parameters():
             parameter.grad = None
-        for module in self.lane.modules():
-            if isinstance(module, FSDPModule):
-                # Losses are divided by what the whole step holds: gradients are sums. gloo has no other reduction.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self.units = [module for module in self.lane.modules() if isinstance(module, FSDPModule)]
+        for unit in self.units:
+            # Losses are divided by what the whole step holds: gradients are sums. gloo has no other reduction.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
     def run(
         self, batch: PackedBatch, counts: StepCounts, generator: torch.Generator, last: bool
@@ -72,6 +72,20 @@ class ShardedModel(Pass):
         self.root.set_requires_gradient_sync(last or self.settings.reduce_each_lane)
         self.root.set_is_last_backward(last)
         return self.lane(batch, counts, generator)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                unit.set_reshard_after_forward(
+                    unit is not self.root and self.settings.sharding != "grad_op", recurse=False
+                )
+                unit.reshard()
 
     def sum(self, losses: Tensor) -> Tensor:
         if self.processes.world > 1:

@@ -160,8 +160,7 @@ class StageTrainer:
                 progress.advance()
                 self._log(progress)
                 self.checkpoints.check()
-                for observer in self.observers:
-                    observer.after_step(self.stage.name, self.done, self.model, self.processor)
+                self._show()
                 if self.done == self.stage.steps:
                     break
                 if step.stops if self.processes.world > 1 else interrupt.requested:
@@ -174,6 +173,13 @@ class StageTrainer:
         if problems.counts:
             say(self.console, f"{self.stage.name}: {problems.bad} samples were left out\n{problems.summary()}")
         return StageResult(self.metrics.sync(), problems)
+
+    def _show(self) -> None:
+        """Lets the observers see the model."""
+        needed = any(observer.needs_model(self.done) for observer in self.observers)
+        with self.through.whole() if needed else contextlib.nullcontext():
+            for observer in self.observers:
+                observer.after_step(self.stage.name, self.done, self.model, self.processor)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -72,6 +72,10 @@ class Pass:
         """
         return lane_loss(self.model, batch, counts, self.stage, generator, self.autocast)
 
+    def whole(self) -> AbstractContextManager:
+        """Inside, the model has all its weights in this process and can be run by anybody, without gradients."""
+        return nullcontext()
+
     def sum(self, losses: Tensor) -> Tensor:
         """Adds up device tensors over all processes."""
         return losses

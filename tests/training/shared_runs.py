@@ -15,6 +15,7 @@ from rich.console import Console
 
 from dreamllm.data import Pairs, Part, Reader, open_pairs
 from dreamllm.model import DreamLLM
+from dreamllm.monitoring import LogSettings, SampleSettings, watching
 from dreamllm.training import RunConfig, StageConfig, run
 from tests.training.runs import SETTINGS, Hooked
 
@@ -41,6 +42,12 @@ def config(root: Path, out: Path, hook: Hook | None = None, tokens: int | None =
 
 def train(root: Path, out: Path, settings: dict[str, Any], tokens: int | None = None) -> None:
     run(config(root, out, tokens=tokens, **settings), Console(width=200))
+
+
+def watched(root: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Samples are taken from the model on the way."""
+    samples = SampleSettings(every=3, draw=["a picture"], chat=["hello"], max_new_tokens=3)
+    run(config(root, out, **settings), Console(width=200), watching(out, samples, LogSettings(), {}))
 
 
 def _rank() -> int:

@@ -18,6 +18,9 @@ class Listener:
     def line(self, line):
         self.lines.append(line)
 
+    def needs_model(self, step):
+        return False
+
     def after_step(self, stage, step, model, processor):
         self.steps.append((stage, step))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreamllm.monitoring import read_samples
 from dreamllm.training import RunSettings, load_stored_batch
 from dreamllm.training.distributed import Processes
 from dreamllm.training.sharding import make_mesh
@@ -80,6 +81,17 @@ def test_packs_of_a_number_of_tokens_are_the_same_in_all_processes(root, tmp_pat
     shared_runs.train(root, tmp_path / "alone", {}, tokens=300)
     run_in(2, shared_runs.train, root, tmp_path / "out", {"sharding": "full"}, 300, logs=tmp_path / "logs")
     assert_same_curve(tmp_path / "out", tmp_path / "alone")
+
+
+def test_samples_of_a_sharded_model_are_those_of_a_whole_one_and_change_nothing(root, alone, tmp_path):
+    shared_runs.watched(root, tmp_path / "whole", {})
+    run_in(2, shared_runs.watched, root, tmp_path / "out", {"sharding": "full"}, logs=tmp_path / "logs")
+    assert_same_curve(tmp_path / "out", alone)
+    found, expected = read_samples(tmp_path / "out"), read_samples(tmp_path / "whole")
+    assert len(found) == len(expected) == 12
+    for sample, other in zip(found, expected, strict=True):
+        assert (sample.stage, sample.step, sample.text) == (other.stage, other.step, other.text)
+        assert len(sample.pictures) == len(other.pictures)
 
 
 @pytest.mark.parametrize(
