@@ -22,9 +22,9 @@ from rich.table import Table
 from dreamllm.data import LoaderState, load_steps
 from dreamllm.training import RunConfig, RunSettings, StageConfig, processes
 from dreamllm.training.interrupt import InterruptRequest
-from dreamllm.training.stage import StageTrainer
+from dreamllm.training.stage import StageTrainer, stage_batches
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
-from dreamllm.workloads import SIZES, STAGES, batches, make_model, make_processor, stage_config
+from dreamllm.workloads import SIZES, STAGES, make_model, make_processor, stage_config
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[float]
 
     def bare() -> None:
         optimizer = make_optimizer(prepare_model(model, stage), stage)
-        loaded = load_steps(batches(stage, processor), range(1), 1, LoaderState.initial(1), steps=stage.steps)
+        loaded = load_steps(stage_batches(stage, processor), range(1), 1, LoaderState.initial(1), steps=stage.steps)
         for number, (lane,) in enumerate(loaded):
             train_step(model, optimizer, [lane.batch], stage, torch.Generator().manual_seed(number))
 
