@@ -283,7 +283,8 @@ class StageTrainer:
         """Stores the batches of `plans`, made once more, and raises."""
         batches = [self.batches.load(plan).batch for plan in plans]
         path = self.folder / f"bad_batch_step_{record.step:06d}.pt"
-        documents = store_batches(path, where, {**record_to_json(record), "stage": self.stage.name}, batches)
+        about = {**record_to_json(record), "stage": self.stage.name, "step": record.step}
+        documents = store_batches(path, where, about, batches)
         raise NonFiniteLossError(
             f"{where}. Its {documents} are stored in {path}. Look at them, or lower "
             f"learning_rate ({self.stage.learning_rate:g}), and train into a new folder"
