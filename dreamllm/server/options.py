@@ -12,12 +12,18 @@ from dreamllm.server.schemas import ChatDrawing, ChatRequest, Drawing
 from dreamllm.server.service import Served
 
 DEFAULT_NEW_TOKENS = 512
+LEAST_TEMPERATURE = 1e-4
+"""Below it the most likely token is taken: logits over less overflow."""
+LEAST_TOP_P = 1e-6
+"""The most likely token alone reaches it in any vocabulary; less would be 0 in single precision."""
 
 
 def chat_options(request: ChatRequest, served: Served, limits: Limits) -> GenerationOptions:
     """Raises `ApiError` for values that exclude each other and those beyond the limits."""
     drawing = request.drawing or ChatDrawing()
     temperature = request.temperature or 0.0
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
     pictures = request.pictures or "allow"
     most_pictures = limits.max_pictures_out if request.max_pictures is None else request.max_pictures
     if most_pictures > limits.max_pictures_out:
@@ -30,7 +36,7 @@ def chat_options(request: ChatRequest, served: Served, limits: Limits) -> Genera
         pictures=pictures,
         temperature=temperature,
         # The most likely token is the same among fewer, so that clients may send these with temperature 0.
-        top_p=(request.top_p or 1.0) if temperature else 1.0,
+        top_p=max(request.top_p or 1.0, LEAST_TOP_P) if temperature else 1.0,
         top_k=(request.top_k or 0) if temperature else 0,
         seed=any_seed(request.seed),
         drawing=drawing_options(drawing, drawing.size, served, limits),

@@ -107,6 +107,14 @@ def test_seeds_repeat_an_answer_and_a_missing_one_is_told(client):
     assert first.choices[0].message.content != other.choices[0].message.content
 
 
+@pytest.mark.parametrize("least", [{"temperature": 1e-308}, {"temperature": 1.0, "top_p": 1e-308}])
+def test_the_least_of_chance_is_the_most_likely_token(client, least):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Write"}], "max_tokens": 6}
+    body["extra_body"] = {"pictures": "forbid"}
+    likely = client.chat.completions.create(**body).choices[0].message.content
+    assert client.chat.completions.create(**body, **least).choices[0].message.content == likely
+
+
 def test_images(client, engine):
     answer = client.images.generate(model=MODEL, prompt="seven", n=2, size="8x8", extra_body={"seed": 5})
     options = GenerationOptions(
