@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamkernels.integrations.decoding import CachedDecoder
-from dreamkernels.integrations.paged_cache import PAGE_SIZE, CachedSequence, KeyValueCache
-from dreamllm.documents import SPECIAL_TOKENS, Document, EncodedDocument, Text, load_picture
-from dreamllm.documents.batch import check_encoded
+from dreamkernels.integrations.paged_cache import PAGE_SIZE, KeyValueCache
+from dreamllm.documents import SPECIAL_TOKENS, Document, load_picture
+from dreamllm.inference.conditions import Conditions, decoder_of, evaluating
 from dreamllm.inference.drawing import DrawingOptions, Progress, check_seeds, drawing_defaults
 from dreamllm.inference.options import Answer, GenerationOptions
+from dreamllm.inference.prompts import Prompts
 from dreamllm.inference.request import Event, OnEvent, Request
 from dreamllm.inference.rounds import Rounds
 from dreamllm.inference.sampling import choose_token, penalise
 from dreamllm.model import DreamLLM, DreamLLMProcessor
-from dreamllm.model.slots import find_slots
-
-KEPT_NULL_CONDITIONS = 8
 
 
 class Engine:
@@ -72,10 +67,11 @@ class Engine:
         self.layout = model.layout
         self._pack_weights = pack_weights
         self._max_cache_tokens, self._max_step_tokens = max_cache_tokens, max_step_tokens
-        self._decoder = self._current_decoder()
+        self._decoder = decoder_of(model, pack_weights)
         self._cache: KeyValueCache | None = None
         self._never = _never_chosen(model, processor)
-        self._kept_nulls: dict[str, tuple[tuple, Tensor]] = {}  # by prompt: what it was computed from, condition
+        self._prompts = Prompts(model, processor)
+        self._conditions = Conditions(model, self._prompts, batch_size, pack_weights)
         self._checked: set[DrawingOptions] = set()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -111,7 +107,7 @@ class Engine:
             for prompt, own, seed in zip(prompts, every, seeds, strict=True)
         ]
         self._waiting.extend(requests)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             try:
                 while not all(request.done for request in requests):
                     self.step()
@@ -185,7 +181,7 @@ class Engine:
         raised.
         """
         if self.model.training:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 return self.step()
         self._remove_cancelled()
         try:
@@ -265,10 +261,10 @@ class Engine:
         if options.pictures != "forbid" and drawing not in self._checked:
             self._rounds.check(drawing)
             if drawing.guided:
-                self._encode_null(drawing.negative_prompt)
+                self._prompts.encode_null(drawing.negative_prompt)
             self._checked.add(drawing)
-        encoded = self._encode(prompt)
-        self._check_room(encoded, options)
+        encoded = self._prompts.encode(prompt)
+        self._prompts.check_room(encoded, options)
         decode = self.processor.decode_text
         request = Request(encoded, options, drawing, seed, self.layout, decode, on_event, preview_every, progress)
         needed, most = self._most_tokens(request), self._max_cache_tokens
@@ -279,34 +275,7 @@ class Engine:
             )
         return request
 
-    def _encode(self, prompt: Document) -> EncodedDocument:
-        texts = [part.text for part in prompt.parts if isinstance(part, Text)]
-        if not prompt.pictures() and not any(text.strip() for text in texts):
-            raise ValueError(f"{prompt.name or 'the prompt'} is empty; give it text or a picture")
-        encoded = self.processor.encode(replace(prompt, overflow="error"))
-        check_encoded(encoded, self.layout)
-        return encoded
-
-    def _check_room(self, encoded: EncodedDocument, options: GenerationOptions) -> None:
-        needed = 1
-        if options.pictures == "force":
-            needed = self.layout.dream_length
-            needed += self.layout.image_length + 1 if options.max_new_tokens else 0
-        excess = len(encoded) + needed - self.layout.max_length
-        if excess > 0:
-            what = "a picture" if options.pictures == "force" else "an answer"
-            raise ValueError(
-                f"{encoded.name or 'the prompt'} of {len(encoded)} tokens leaves no room for {what}: shorten it by "
-                f"{excess} (the context holds {self.layout.max_length} tokens)"
-            )
-
     # -- who takes part ------------------------------------------------------------------------------------------------
-
-    def _current_decoder(self) -> CachedDecoder:
-        model = self.model
-        return CachedDecoder.of(
-            model.decoder, model.layout.max_length, self._pack_weights, model.get_output_embeddings()
-        )
 
     def _most_tokens(self, request: Request) -> int:
         """Positions that a request may come to take, in whole pages."""
@@ -326,7 +295,7 @@ class Engine:
         if not self._waiting:
             return
         if not self._running:
-            self._decoder = self._current_decoder()
+            self._decoder = decoder_of(self.model, self._pack_weights)
             if self._cache is None or not self._decoder.fits(self._cache):
                 most = self._max_cache_tokens
                 self._cache = self._decoder.new_cache(None if most is None else max(1, most // PAGE_SIZE))
@@ -384,8 +353,8 @@ class Engine:
                 break
             due.append(request)
         prompts = self._load_prompts([request for request in due if request.state == "prompt"])
-        dream = self._dream_piece() if any(request.next_is_picture for request in due) else None
-        embedded = iter(self._embed([(r.encoded, pictures) for r, pictures in prompts]))
+        dream = self._prompts.dream_piece() if any(request.next_is_picture for request in due) else None
+        embedded = iter(self._prompts.embed([(r.encoded, pictures) for r, pictures in prompts]))
         found = [(r, next(embedded)) for r, _ in prompts]
         if dream is not None:
             found = [(r, torch.cat([piece, dream]) if r.next_is_picture else piece) for r, piece in found]
@@ -393,7 +362,7 @@ class Engine:
         reading = [request for request in due if request.state == "reading"]
         if reading:
             pictures = [request.candidates[-1] for request in reading]
-            found += zip(reading, self._picture_pieces([p for p in pictures if p is not None]), strict=True)
+            found += zip(reading, self._prompts.picture_pieces([p for p in pictures if p is not None]), strict=True)
         return found
 
     def _load_prompts(self, requests: Sequence[Request]) -> list[tuple[Request, list[Image.Image]]]:
@@ -407,37 +376,10 @@ class Engine:
             request.attempt(load, request)
         return loaded
 
-    def _embed(self, documents: Sequence[tuple[EncodedDocument, Sequence[Image.Image]]]) -> list[Tensor]:
-        if not documents:
-            return []
-        ids = torch.tensor([i for document, _ in documents for i in document.input_ids], device=self.model.device)
-        images = [image for _, pictures in documents for image in pictures]
-        features = self._features(images) if images else None
-        slots = find_slots(ids[None], self.layout, first_call=True)
-        assert slots is not None
-        embeds = self.model.embed(ids, slots.splice_index(len(images), queries=True), features)
-        return list(embeds.split([len(document) for document, _ in documents]))
-
-    def _features(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.model.encode_images(self.processor.vision(images).to(self.model.device))
-
-    def _dream_piece(self) -> Tensor:
-        """`<dream_start>`, the queries and `<dream_end>`."""
-        ids = torch.tensor(self.layout.dream_ids(), device=self.model.device)
-        index = torch.full_like(ids, -1)
-        index[1:-1] = torch.arange(self.layout.num_dream_queries, device=self.model.device)
-        return self.model.embed(ids, index, None)
-
-    def _picture_pieces(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        ids = torch.tensor([self.layout.im_start, self.layout.im_end], device=self.model.device)
-        start, end = self.model.get_input_embeddings()(ids).split(1)
-        features = self._features([load_picture(picture) for picture in pictures])
-        return [torch.cat([start, f.to(start.dtype), end]) for f in features]
-
     # -- what comes next -----------------------------------------------------------------------------------------------
 
     def _begin_pictures(self, requests: Sequence[Request], states: Tensor) -> None:
-        for request, condition in zip(requests, self._project(states), strict=True):
+        for request, condition in zip(requests, self._conditions.project(states), strict=True):
             request.condition = condition
             request.candidates = [None] * request.drawing.candidates
             request.wants_picture = False
@@ -497,78 +439,24 @@ class Engine:
 
     # -- conditions ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def conditions(self, prompts: Sequence[Document]) -> Tensor:
         """The UNet's conditions for drawing a picture right after each prompt, [M, Q, C]. Raises as `answers`."""
-        encoded = [self._encode(prompt) for prompt in prompts]
-        options = GenerationOptions(max_new_tokens=0, pictures="force")
-        for document in encoded:
-            self._check_room(document, options)
-        with _evaluating(self.model):
-            return self._project(self._dream_states(encoded))
+        return self._conditions.project(self._conditions.states([self._prompts.for_picture(p) for p in prompts]))
 
-    @torch.no_grad()
     def dream_states(self, prompts: Sequence[Document]) -> Tensor:
         """States at the dream queries after each prompt, [M, Q, H], before the condition projector."""
-        with _evaluating(self.model):
-            return self._dream_states([self._encode(prompt) for prompt in prompts])
+        return self._conditions.states([self._prompts.encode(prompt) for prompt in prompts])
 
-    @torch.no_grad()
     def null_states(self, negative_prompt: str = "") -> Tensor:
         """States at the dream queries after the negative or the empty prompt, [Q, H]."""
-        encoded = self._encode_null(negative_prompt)
-        with _evaluating(self.model):
-            return self._dream_states([encoded])[0]
+        return self._conditions.null_states(negative_prompt)
 
     def null_condition(self, negative_prompt: str = "") -> Tensor:
         """The condition [Q, C] that guidance leads away from, of the empty or a negative prompt.
 
         Those of the latest prompts are kept until a parameter they depend on changes.
         """
-        version = self._parameter_version()
-        kept = self._kept_nulls.pop(negative_prompt, None)
-        if kept is None or kept[0] != version:
-            kept = version, self._project(self.null_states(negative_prompt))
-        while len(self._kept_nulls) >= KEPT_NULL_CONDITIONS:
-            self._kept_nulls.pop(next(iter(self._kept_nulls)))  # the one used longest ago
-        self._kept_nulls[negative_prompt] = kept
-        return kept[1]
-
-    def _encode_null(self, negative_prompt: str) -> EncodedDocument:
-        encoded = EncodedDocument(name="negative prompt" if negative_prompt else "empty prompt")
-        encoded.append([self.layout.bos], learn=False)
-        if negative_prompt:
-            encoded.append(self.processor.encode_text(negative_prompt), learn=False)
-        self._check_room(encoded, GenerationOptions(max_new_tokens=0, pictures="force"))
-        return encoded
-
-    def _parameter_version(self) -> tuple:
-        model = self.model
-        parts = (model.language_model, model.condition_projector)
-        parameters = [model.dream_queries, *(p for part in parts for p in part.parameters())]
-        # PyTorch counts in-place changes; a replaced tensor has another address.
-        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-
-    @torch.no_grad()
-    def _project(self, states: Tensor) -> Tensor:
-        return self.model.project_condition(states)
-
-    def _dream_states(self, documents: Sequence[EncodedDocument]) -> Tensor:
-        decoder = self._current_decoder()
-        dream = self._dream_piece()
-        queries = torch.arange(-self.layout.num_dream_queries - 1, -1)
-        states = []
-        for start in range(0, len(documents), self.batch_size):
-            batch = documents[start : start + self.batch_size]
-            loaded = [(document, [load_picture(source) for source in document.images]) for document in batch]
-            pieces = [torch.cat([piece, dream]) for piece in self._embed(loaded)]
-            counts = [len(piece) for piece in pieces]
-            wanted = torch.cat([end + queries for end in torch.tensor(counts).cumsum(0)]).to(self.model.device)
-            cache = decoder.new_cache()
-            sequences: list[CachedSequence] = [cache.new() for _ in pieces]
-            found = decoder.advance(cache, sequences, counts, torch.cat(pieces), wanted)
-            states.append(found.unflatten(0, (len(pieces), -1)))
-        return torch.cat(states)
+        return self._conditions.null(negative_prompt)
 
 
 def _never_chosen(model: DreamLLM, processor: DreamLLMProcessor) -> Tensor:
@@ -579,14 +467,3 @@ def _never_chosen(model: DreamLLM, processor: DreamLLMProcessor) -> Tensor:
     never[[i for i in vocabulary.values() if i < model.config.vocab_size]] = False
     never[[*markers, model.layout.pad]] = True
     return never.to(model.device)
-
-
-@contextmanager
-def _evaluating(model: DreamLLM) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
