@@ -22,9 +22,10 @@ def main() -> int:
 
     from benchmarks.harness import Result, measure
     from benchmarks.models.costs import costs
+    from benchmarks.models.inference import inference_workloads
     from benchmarks.models.workloads import OURS, workloads
 
-    known = workloads("mini")
+    known = workloads("mini") | inference_workloads("mini")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="workload", help=f"default: all ({', '.join(known)})")
     parser.add_argument("--size", choices=("tiny", "mini"), default="mini", help="7b needs a GPU and has no runner yet")
@@ -40,7 +41,8 @@ def main() -> int:
     shares = {part: f"{share:.0%}" for part, share in costs(arguments.size).share_of_pair(arguments.size).items()}
     print(f"{arguments.size}, {arguments.threads} threads; shares of a pair's operations: {shares}")
     results: list[Result] = []
-    for name, make in workloads(arguments.size, arguments.compile).items():
+    every = workloads(arguments.size, arguments.compile) | inference_workloads(arguments.size)
+    for name, make in every.items():
         if not arguments.names or name in arguments.names:
             result = measure(make(), rounds=arguments.rounds)
             results.append(result)

@@ -6,15 +6,24 @@ import pytest
 import torch
 
 from benchmarks.harness import Case, check_contenders, measure
+from benchmarks.models.inference import inference_workloads
 from benchmarks.models.workloads import COMPILED, OURS, PATTERN, SAVING, workloads
 
 WORKLOADS = workloads("tiny", compiled=False)
+INFERENCE = inference_workloads("tiny", steps=4)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_contenders_agree(name):
     case = WORKLOADS[name]()
     assert list(case.contenders) == ([OURS, SAVING, PATTERN] if name == "stage2" else [OURS, PATTERN])
+    assert check_contenders(case) == {}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_cases_of_the_engine_agree(name):
+    case = INFERENCE[name]()
+    assert next(iter(case.contenders)) == OURS
     assert check_contenders(case) == {}
 
 

@@ -1,0 +1,193 @@
+"""The engine as benchmark cases: writing beside transformers' `generate`, requests together and one after another.
+
+Writing runs in bfloat16, where two programs choose other tokens as soon as two are about as likely, so only the number
+of tokens is compared here; that the tokens agree is tested in float32 (tests/inference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from benchmarks.harness import Call, Case
+from dreamllm.documents import Document, prompt
+from dreamllm.inference import Answer, DrawingOptions, Engine, GenerationOptions
+from dreamllm.inference.drawing import picture_seed
+from dreamllm.model import DreamLLM, DreamLLMConfig, DreamLLMProcessor
+from dreamllm.model.processor import ProcessorSettings, special_token_ids
+from dreamllm.workloads import SyntheticDocuments, make_model, make_processor
+from dreamllm.workloads.sizes import make_tokenizer, model_config, model_size
+
+TOGETHER, APART, TRANSFORMERS = "dreamllm", "one after another", "transformers generate, dynamic cache"
+PICTURE_TOLERANCE = 2.5 / 255  # two levels of 8 bits
+WRITER = {
+    "mini": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "tiny": {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+WRITER_WORDS = {"mini": 32000, "tiny": 88}
+
+
+def writing_case(size: str, rows: int, prompt_tokens: int = 32, new_tokens: int = 64) -> Case:
+    """Greedy writing after prompts of words, by a decoder of `WRITER[size]` in bfloat16."""
+    model, processor = _writer(size)
+    stock = LlamaForCausalLM(model.config.text_config)
+    stock.load_state_dict(model.language_model.state_dict())
+    stock = stock.to(torch.bfloat16).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, WRITER_WORDS[size], (rows, prompt_tokens), generator=generator)
+    documents = [_words(row.tolist()) for row in ids]
+    given = torch.tensor([processor.encode(document).input_ids for document in documents])
+    engine = Engine(model, processor)
+    options = GenerationOptions(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid")
+
+    def ours() -> Tensor:
+        return torch.tensor([len(answer.token_ids) for answer in engine.answers(documents, options)])
+
+    def theirs() -> Tensor:
+        written = stock.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=model.layout.pad,
+            eos_token_id=model.layout.eos,
+        )
+        return torch.full((rows,), written.shape[1] - given.shape[1])
+
+    decoder = WRITER[size]
+    return Case(
+        f"{size} writing",
+        f"{decoder['num_hidden_layers']} layers of {decoder['hidden_size']}, bfloat16, batch {rows}, "
+        f"{new_tokens} tokens; a sample is a token",
+        list,
+        {TOGETHER: ours, TRANSFORMERS: theirs},
+        # Of one token: the harness copies as many bytes for comparison, and those of all tokens would fill the memory.
+        bytes_moved=sum(p.numel() * p.element_size() for p in model.language_model.parameters()),
+        flops=0,
+        relative_tolerance=0.0,
+        samples=rows * new_tokens,
+    )
+
+
+def _writer(size: str) -> tuple[DreamLLM, DreamLLMProcessor]:
+    """A DreamLLM of this size with another language model, of LLaMA's vocabulary at `mini`."""
+    tokenizer, base, shape = (
+        make_tokenizer(replace(model_size(size), words=WRITER_WORDS[size])),
+        model_config(size),
+        WRITER[size],
+    )
+    text = base.text_config.to_dict() | shape
+    text |= {"num_key_value_heads": shape["num_attention_heads"], "vocab_size": len(tokenizer)}
+    text["head_dim"] = shape["hidden_size"] // shape["num_attention_heads"]
+    config = DreamLLMConfig(
+        text_config=text,
+        vision_config=base.vision_config,
+        unet_config=base.unet_config,
+        vae_config=base.vae_config,
+        scheduler_config=base.scheduler_config,
+        token_ids=special_token_ids(tokenizer),
+        num_dream_queries=base.num_dream_queries,
+        max_sequence_length=base.max_sequence_length,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DreamLLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    images = make_processor(size).image_processor
+    return model, DreamLLMProcessor(images, tokenizer, ProcessorSettings.from_config(config))
+
+
+def mixed_case(size: str, steps: int = 50, new_tokens: int = 32) -> Case:
+    """16 requests: 8 captions, 4 pictures, 4 documents that begin with a picture and go on with text."""
+    engine = _engine(size)
+    drawing = DrawingOptions(steps=steps, guidance_scale=2.0)
+    written = GenerationOptions(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid")
+    lone = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
+    document = replace(lone, max_new_tokens=new_tokens, min_new_tokens=new_tokens, max_pictures=1)
+    shown, asked = (SyntheticDocuments(f"{kind} prompt", size, 8) for kind in ("picture", "drawing"))
+    work: list[tuple[Document, GenerationOptions]] = []
+    for i in range(4):
+        work += [(shown[i], written), (asked[i], lone), (asked[4 + i], document), (shown[4 + i], written)]
+    prompts, options = zip(*work, strict=True)
+    seeds = range(len(work))
+
+    def together() -> list[Tensor]:
+        return _values(engine.answers(prompts, options, seeds))
+
+    def apart() -> list[Tensor]:
+        return _values([engine.answers([p], [o], [s])[0] for p, o, s in zip(prompts, options, seeds, strict=True)])
+
+    return _comparison(
+        f"{size} mixed requests",
+        f"8 captions of {new_tokens} tokens, 4 pictures of {steps} guided steps, 4 documents of both",
+        {TOGETHER: together, APART: apart},
+        engine,
+        len(work),
+    )
+
+
+def candidates_case(size: str, prompts: int = 4, candidates: int = 8, steps: int = 50) -> Case:
+    """Several candidates of several prompts in one call, and in as many calls with one picture of each prompt."""
+    engine = _engine(size)
+    source = SyntheticDocuments("drawing prompt", size, prompts)
+    documents = [source[i] for i in range(prompts)]
+    drawing = DrawingOptions(steps=steps, guidance_scale=2.0)
+    one = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
+    several = replace(one, drawing=replace(drawing, candidates=candidates))
+
+    def together() -> list[Tensor]:
+        return _values(engine.answers(documents, several, range(prompts)))
+
+    def apart() -> list[Tensor]:
+        calls = [
+            engine.answers(documents, one, [picture_seed(seed, number) for seed in range(prompts)])
+            for number in range(candidates)
+        ]
+        return _values([call[i] for i in range(prompts) for call in calls])
+
+    return _comparison(
+        f"{size} candidates",
+        f"{candidates} candidates of {prompts} prompts, {steps} guided steps, against {candidates} calls",
+        {TOGETHER: together, APART: apart},
+        engine,
+        prompts * candidates,
+    )
+
+
+def inference_workloads(size: str, steps: int = 50) -> dict[str, Callable[[], Case]]:
+    """Every case by name; each makes its own models when called. `steps`: of denoising."""
+    return {
+        "inference_writing": lambda: writing_case(size, 1),
+        "inference_writing_batch": lambda: writing_case(size, 8),
+        "inference_mixed": lambda: mixed_case(size, steps=steps),
+        "inference_candidates": lambda: candidates_case(size, steps=steps),
+    }
+
+
+def _engine(size: str) -> Engine:
+    return Engine(make_model(size).eval().requires_grad_(False), make_processor(size))
+
+
+def _comparison(name: str, label: str, contenders: dict[str, Call], engine: Engine, samples: int) -> Case:
+    unet = sum(p.numel() * p.element_size() for p in engine.model.unet.parameters())
+    return Case(name, label, list, contenders, unet, 0, PICTURE_TOLERANCE, samples=samples)
+
+
+def _values(answers: Sequence[Answer]) -> list[Tensor]:
+    """Tokens, then pictures, of every answer."""
+    tokens = [torch.tensor([token for answer in answers for token in answer.token_ids], dtype=torch.float64)]
+    return [t for t in tokens if t.numel()] + [_pixels(p) for answer in answers for p in answer.pictures]
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).float() / 255
+
+
+def _words(ids: Sequence[int]) -> Document:
+    return prompt(" ".join(f"w{i}" for i in ids))
