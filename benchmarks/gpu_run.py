@@ -94,7 +94,7 @@ def _benchmark(setting: Setting, part: str, name: str, minutes: float) -> Step:
     seconds = "0.1" if setting.size == "small" else "1"
     record = str((setting.out / part / name).resolve())
     options = ("--device", setting.device, "--size", setting.size, "--seconds", seconds, "--record", record)
-    return Step(part, name, (sys.executable, "-m", "benchmarks", "run", name, *options), minutes)
+    return Step(part, name, (sys.executable, "-m", "benchmarks", "run", name, "--exactly", *options), minutes)
 
 
 def _suite(setting: Setting) -> list[Step]:

@@ -19,7 +19,8 @@ from dreamllm.planning.estimate import operators_time
 from dreamllm.planning.records import Records, records_of
 from dreamllm.profiling import as_fake, prepare, profile_workload
 from dreamllm.profiling.workload import Precision
-from dreamllm.workloads import batches, make_processor, stage_config
+from dreamllm.training import stage_batches
+from dreamllm.workloads import make_processor, stage_config
 
 RESULT = Path(__file__).parent / "results" / "plan-cpu.json"
 CALIBRATION = ("stage2", 8)
@@ -30,7 +31,7 @@ SIZE = "mini"
 def predicted_seconds(workload: str, documents: int, precision: Precision, records: Records) -> float:
     """From a step on tensors without contents and the records."""
     config = stage_config(workload, SIZE, documents)
-    batch = batches(config, make_processor(SIZE))[0].batch
+    batch = stage_batches(config, make_processor(SIZE))[0].batch
     step = prepare(SIZE, config, precision, fake=True)
     recording = step.record(as_fake(batch, step), batch.cu_seqlens.diff().tolist(), timed=False)
     return operators_time(recording.operators, find_device("cpu", records), records).seconds
@@ -39,7 +40,7 @@ def predicted_seconds(workload: str, documents: int, precision: Precision, recor
 def measured_seconds(workload: str, documents: int, precision: Precision, steps: int) -> float:
     """The median of `steps` steps after one."""
     config = stage_config(workload, SIZE, documents)
-    batch = batches(config, make_processor(SIZE))[0].batch
+    batch = stage_batches(config, make_processor(SIZE))[0].batch
     step = prepare(SIZE, config, precision)
     step.run([batch])
     times = []

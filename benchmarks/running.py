@@ -36,11 +36,14 @@ def available() -> dict[str, str]:
     }
 
 
-def chosen(wanted: Sequence[str]) -> dict[str, ModuleType | NotInstalled]:
-    """The modules of the wanted names and families ("operators": all of theirs), or all.
+def chosen(wanted: Sequence[str], exactly: bool = False) -> dict[str, ModuleType | NotInstalled]:
+    """The modules of the wanted names and families ("operators": all of theirs), or all. `exactly`: of names only, and
+    no others are imported, which takes seconds.
 
     Raises ValueError for a name that is neither.
     """
+    if exactly and wanted and set(wanted) <= set(available()):
+        return {name: _import(available()[name]) for name in wanted}
     modules = {name: _import(path) for name, path in available().items()}
     groups = {name: {name, module.FAMILY, _folder(available()[name])} for name, module in modules.items()}
     families = sorted({family for name, names in groups.items() for family in names - {name}} - {""})
@@ -188,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("--device cuda: torch sees no NVIDIA GPU here", file=sys.stderr)
         return 2
     try:
-        modules = chosen(arguments.names)
+        modules = chosen(arguments.names, arguments.exactly)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -221,6 +224,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
     command = commands.add_parser("run", help="time operators and models against PyTorch and peers on this machine")
     command.add_argument("names", nargs="*", help=f"a family or a benchmark; default: all ({', '.join(available())})")
+    command.add_argument("--exactly", action="store_true", help="names are benchmarks, never families")
     command.add_argument("--only", metavar="TEXT", help="cases with this in their name, such as stage2 or bfloat16")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(

@@ -17,14 +17,17 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
-from dreamllm.data.command import index
+from dreamllm.data.command import build, index
 from dreamllm.evaluation.command import evaluate
 from dreamllm.inference.command import chat, generate
+from dreamllm.inspection.command import inspect as inspect_data
 from dreamllm.model.command import assemble, convert
 from dreamllm.monitoring.command import report
 from dreamllm.planning.command import plan
 from dreamllm.profiling.command import profile
 from dreamllm.recipes import RECIPES
+from dreamllm.server.command import serve
+from dreamllm.training.command import merge
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,21 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
+    "serve": Command(serve),
     "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),
+    "merge": Command(merge, ("out",)),
     "profile": Command(profile),
     "plan": Command(plan),
-    "data": Group("Prepares training data.", {"index": Command(index, ("path",))}),
+    "data": Group(
+        "Prepares training data, and looks at it.",
+        {
+            "index": Command(index, ("path",)),
+            "inspect": Command(inspect_data, ("path",)),
+            "build": Command(build, ("kind", "source", "out")),
+        },
+    ),
 }
 
 _OPTION = re.compile(r"--[a-z][a-z0-9_.+]*")
@@ -108,10 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = normalise(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    command, path, values = _chosen(parser.instantiate(parsed))
+    command, path, _ = _chosen(parsed)
     name = " ".join(path)
     transformers_logging.disable_progress_bar()
     try:
+        *_, values = _chosen(parser.instantiate(parsed))  # settings check themselves
         command.function(**values)
     except (ValueError, OSError, ImportError) as error:
         if parsed.traceback:

@@ -5,8 +5,8 @@ measurement says how far a usual round lies above the best one; spreads of indep
 
     compare  one contender's times A and B:    noise = sqrt(s_A^2 + s_B^2)
              slower if ln(B / A) > max(noise, ln 1.05), faster if ln(A / B) is, within noise otherwise
-    gate     the ratio ours / reference, in the baseline and in the record, where reference is eager (or a case's first
-             peer): worse if ln(ratio / ratio of the baseline) > max(noise, ln 1.05), noise from all four spreads
+    gate     the ratio ours / peer, in the baseline and in the record: worse if ln(ratio / ratio of the baseline) >
+             max(noise, ln 1.05), noise from all four spreads, and that against every peer which both have
 
 Times are minima. Contenders of a run take turns, so a slow machine changes both sides of the gate's ratio. Yet two runs
 of one commit differ by more than their spreads tell: memory lies elsewhere, and a shared machine slows down one more
@@ -16,7 +16,8 @@ than the other. How much, only several runs of the baseline tell. With k of them
     sigma of an operator   the deviation of its cases' ln ratio between the runs, pooled over the cases, or the usual
                            deviation of all cases (1.48 times the median) where that is more
     noise of a case        sqrt(spreads^2 + 9 sigma^2 (1 + 1/k)): three standard deviations
-    as a whole             the mean of ln(ratio / ratio of the baseline) over operators may not exceed
+    as a whole             the mean of ln(ratio / ratio of the baseline) over operators, the peer being eager, the
+                           original's pattern, or a case's first, may not exceed
                            max(3 sqrt(sum of sigma^2 (1 + 1/k)) / operators, ln 1.05): a slowdown that is too small to
                            be seen in any one operator is seen in all of them together
 """
@@ -116,16 +117,17 @@ class Baseline:
         return [value - self.mean for value in self.logarithms]
 
 
-def _baseline_of(runs: Sequence[RecordedCase], peers: Sequence[str]) -> Baseline | None:
-    """None where the runs share no peer with `peers`."""
+def _baselines_of(runs: Sequence[RecordedCase], peers: Sequence[str]) -> list[Baseline]:
+    """One for each peer that all runs and `peers` have, the usual reference first."""
     first = runs[0]
-    candidates = [peer for peer in (first.reference, *first.peers) if peer in peers]
-    reference = next((str(p) for p in candidates if all(p in run.peers for run in runs)), None)
-    if reference is None:
-        return None
+    candidates = dict.fromkeys(peer for peer in (first.reference, *first.peers) if peer in peers)
+    return [_baseline(runs, str(peer)) for peer in candidates if all(peer in run.peers for run in runs)]
+
+
+def _baseline(runs: Sequence[RecordedCase], reference: str) -> Baseline:
     pairs = [(run.contenders[run.ours], run.contenders[reference]) for run in runs]
     spread = sum(ours.spread**2 + peer.spread**2 for ours, peer in pairs) / len(pairs) ** 2
-    return Baseline(first, reference, [math.log(o.minimum_us / p.minimum_us) for o, p in pairs], spread)
+    return Baseline(runs[0], reference, [math.log(o.minimum_us / p.minimum_us) for o, p in pairs], spread)
 
 
 def deviations_between_runs(found: Sequence[Baseline]) -> dict[str, float]:
@@ -147,21 +149,36 @@ def deviations_between_runs(found: Sequence[Baseline]) -> dict[str, float]:
     }
 
 
-def ratio_changes(baselines: Sequence[Record], record: Record) -> tuple[list[Change], list[RecordedCase]]:
-    """Ours over the reference, and the cases that have no peer in common."""
+@dataclass(frozen=True)
+class Comparison:
+    """A record beside the runs of a baseline."""
+
+    changes: list[list[Change]]  # of each case against every peer in common, the usual reference first
+    alone: list[RecordedCase]  # cases without a peer in common
+    sigmas: dict[str, float]
+
+    @property
+    def agreed(self) -> list[Change]:
+        """Of each case the change that is nearest to none: where ours changed, it did against every peer."""
+        return [min(several, key=lambda change: abs(math.log(change.ratio)) / change.noise) for several in self.changes]
+
+
+def ratio_changes(baselines: Sequence[Record], record: Record) -> Comparison:
+    """Ours over its peers."""
     now = {case.key: case for case in record.cases}
     found, alone = [], []
     for case in baselines[0].cases:
         if case.key not in now:
             continue
         runs = [other for run in baselines for other in run.cases if other.key == case.key]
-        baseline = _baseline_of(runs, now[case.key].peers)
-        if baseline is None:
-            alone.append(case)
+        several = _baselines_of(runs, now[case.key].peers)
+        if several:
+            found.append(several)
         else:
-            found.append(baseline)
-    sigmas = deviations_between_runs(found)
-    return [_change(baseline, now[baseline.case.key], sigmas) for baseline in found], alone
+            alone.append(case)
+    sigmas = deviations_between_runs([several[0] for several in found])
+    changes = [[_change(baseline, now[baseline.case.key], sigmas) for baseline in several] for several in found]
+    return Comparison(changes, alone, sigmas)
 
 
 def _change(baseline: Baseline, after: RecordedCase, sigmas: Mapping[str, float]) -> Change:
@@ -178,23 +195,15 @@ def _change(baseline: Baseline, after: RecordedCase, sigmas: Mapping[str, float]
     )
 
 
-def change_as_a_whole(
-    baselines: Sequence[Record], record: Record, changes: Sequence[Change]
-) -> tuple[float, float] | None:
+def change_as_a_whole(compared: Comparison, runs: int) -> tuple[float, float] | None:
     """The mean change over operators and its bound, as logarithms. None with one run of the baseline."""
-    found = [
-        baseline
-        for case in baselines[0].cases
-        if (baseline := _baseline_of([o for run in baselines for o in run.cases if o.key == case.key], case.peers))
-    ]
-    sigmas = deviations_between_runs(found)
     operators: dict[str, list[float]] = {}
-    for change in changes:
-        operators.setdefault(change.case.operator, []).append(math.log(change.ratio))
-    if not sigmas or not operators:
+    for usual, *_ in compared.changes:
+        operators.setdefault(usual.case.operator, []).append(math.log(usual.ratio))
+    if not compared.sigmas or not operators:
         return None
     mean = statistics.fmean(statistics.fmean(values) for values in operators.values())
-    variance = sum(sigmas.get(operator, 0.0) ** 2 for operator in operators) * (1 + 1 / len(baselines))
+    variance = sum(compared.sigmas.get(operator, 0.0) ** 2 for operator in operators) * (1 + 1 / runs)
     return mean, max(LEAST_NOISE, 3 * math.sqrt(variance) / len(operators))
 
 
@@ -246,17 +255,18 @@ def gate(record: Record, *baselines: Record) -> tuple[bool, str]:
         different = different_conditions(baseline, record)
         if different:
             raise ValueError("the records cannot be held against each other: " + "; ".join(different))
-    changes, alone = ratio_changes(baselines, record)
+    compared = ratio_changes(baselines, record)
+    changes = compared.agreed
     worse = [change for change in changes if change.verdict == SLOWER]
     missing = missing_cases(baselines[0], record)
     lost = [case for case in missing if case.operator in record.operators]
     lines = [f"worse: {change}" for change in sorted(worse, key=lambda change: -change.ratio)]
     lines += [f"missing: {case.name}" for case in lost]
-    lines += [f"no peer in common: {case.name}" for case in alone]
+    lines += [f"no peer in common: {case.name}" for case in compared.alone]
     unmeasured = sorted({case.operator for case in missing} - set(record.operators))
     if unmeasured:
         lines.append(f"not measured: {', '.join(unmeasured)}")
-    whole = change_as_a_whole(baselines, record, changes)
+    whole = change_as_a_whole(compared, len(baselines))
     worse_as_a_whole = whole is not None and whole[0] > whole[1]
     if changes:
         lines += _counted(changes, len(worse))

@@ -13,7 +13,7 @@ from dreamllm.evaluation.charts import nice_ticks
 from dreamllm.inference.page import escape
 
 WIDTH = 760
-BAR, GAP, LABEL, VALUE = 13, 11, 170, 46
+BARS_WIDTH, BAR, GAP, LABEL, VALUE = 520, 14, 12, 172, 46  # narrow enough to be read on a phone
 ROOFLINE_HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 58, 16, 14, 44
 # Middle lightness, so that they stand out on a light and on a dark page.
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b65fc4", "#c9504a", "#1f9fb0", "#8f8a1f", "#8a7a6d")
@@ -28,7 +28,7 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
     low, high = _decade_part(min([*ratios, 1.0]), floor), _decade_part(max([*ratios, 2.0]), ceil)
 
     def x(ratio: float) -> float:
-        return LABEL + (WIDTH - LABEL - VALUE) * (log10(ratio) - log10(low)) / (log10(high) - log10(low))
+        return LABEL + (BARS_WIDTH - LABEL - VALUE) * (log10(ratio) - log10(low)) / (log10(high) - log10(low))
 
     mixed = len({case.caches for case in cases}) > 1
     parts, y = [], float(TOP)
@@ -61,7 +61,8 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
         )
         for tick in _decade_ticks(low, high)
     ]
-    return _svg(bottom + 20, f"{cases[0].operator}: times as fast as each peer", [*grid, *parts])
+    title = f"{cases[0].operator}: times as fast as each peer"
+    return _svg(bottom + 20, title, [*grid, *parts], BARS_WIDTH, "chart bars")
 
 
 def roofline(record: Record) -> tuple[str, str] | None:
@@ -152,9 +153,9 @@ def trend_chart(trend: Trend) -> str:
     return _svg(height, f"{trend.operator} from {first} to {last}", parts, width)
 
 
-def _svg(height: float, title: str, parts: Sequence[str], width: int = WIDTH) -> str:
+def _svg(height: float, title: str, parts: Sequence[str], width: int = WIDTH, style: str = "chart") -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="{style}" viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg>"
     )
 

@@ -13,7 +13,7 @@ from benchmarks.reporting.records import Record, geometric_mean, parse_record
 class Version:
     """A record as one commit has it."""
 
-    commit: str
+    commit: str  # that was measured, where the record says; else the one that has the record
     date: str
     record: Record
 
@@ -42,7 +42,8 @@ def committed_versions(path: Path) -> list[Version]:
         commit, date = line.split()
         try:
             text = _git(folder, "show", f"{commit}:./{path.name}")
-            versions.append(Version(commit, date, parse_record(path.stem, text)))
+            record = parse_record(path.stem, text)
+            versions.append(Version(str(record.facts.get("commit") or commit), date, record))
         except (RuntimeError, ValueError):  # the commit deleted it, or it was something else then
             continue
     return versions

@@ -54,6 +54,7 @@ th { color: var(--muted); font-weight: 500; vertical-align: bottom; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 13rem; }
 .chart { width: 100%; min-width: 38rem; height: auto; display: block; font: 11px var(--label); fill: var(--muted); }
+.chart.bars { min-width: 0; max-width: 44rem; font-size: 12px; }
 .chart .grid { stroke: var(--line); } .chart .one { stroke: var(--muted); }
 .chart .case { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .chart .bar { fill: var(--accent); opacity: 0.75; } .chart .slower { fill: var(--bad); }
@@ -192,7 +193,8 @@ def _record_html(section: Section, anchor: str) -> str:
         if name not in record.operators:
             parts.append(f"<h3>{escape(name)}: cost of a call</h3>{_table_html(boundary_table(rows))}")
     figures = "".join(
-        f"<figure><figcaption>{escape(trend.operator)}, times as fast as {escape(trend.reference)}, {trend.cases} cases"
+        f"<figure><figcaption>{escape(trend.operator)}, times as fast as {escape(trend.reference)}, {trend.cases} case"
+        f"{'s' * (trend.cases > 1)}"
         f"</figcaption>{trend_chart(trend)}</figure>"
         for trend in section.trends
     )

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from dreamllm.data.problems import BadSampleError
-from dreamllm.data.records import read_piece, stamp
+from dreamllm.data.records import read_pieces, stamp
 from dreamllm.data.tar_index import Grouping, Layout, SampleTable, find_index, identity
 from dreamllm.data.tar_scan import Member, walk
 
 LOUD_BYTES = 1 << 30
 MAX_MEMBER_BYTES = 1 << 28
 """A larger member is not read: no picture or caption is that large, and one would exhaust the memory of a worker."""
+
+MAX_BAD_TARS = 0.1
+"""Largest share of files among the tars that may be none at all, such as downloads that failed."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,14 @@ class TarSample:
     stamp: tuple[int, int]
     members: tuple[Member, ...]
 
-    def read(self, member: Member, name: str) -> bytes:
-        """The member's bytes. Raises `BadSampleError` when the tar is shorter, changed or gone."""
-        if member.size > MAX_MEMBER_BYTES:
+    def read(self, members: Sequence[Member], name: str) -> list[bytes]:
+        """The bytes of some members. Raises `BadSampleError` when the tar is shorter, changed or gone."""
+        largest = max(member.size for member in members)
+        if largest > MAX_MEMBER_BYTES:
             raise BadSampleError(
-                "oversized", f"{name} has a member of {member.size} bytes; at most {MAX_MEMBER_BYTES} are read"
+                "oversized", f"{name} has a member of {largest} bytes; at most {MAX_MEMBER_BYTES} are read"
             )
-        return read_piece(self.tar, member.offset, member.size, self.stamp, name)
+        return read_pieces(self.tar, [(member.offset, member.size) for member in members], self.stamp, name)
 
     def check(self) -> None:
         """Raises `BadSampleError` for a damaged place."""
@@ -52,7 +56,8 @@ class Archive:
     `root` is the folder or tar that was opened: the index lies beside it, or in `index_folder`. Tars that the index
     does not describe as they are now are scanned again, with a warning; so is every large set without an index.
 
-    Raises `ValueError` for a file that is not a tar and `FileNotFoundError` for one that is missing.
+    A file that is not a tar counts as one damaged sample, with a warning. Raises `ValueError` when more than
+    `MAX_BAD_TARS` of them are, and `FileNotFoundError` for one that is missing.
     """
 
     def __init__(
@@ -75,8 +80,7 @@ class Archive:
             if known is None:
                 to_scan.append(number)
         self._tell(to_scan, root)
-        for number in to_scan:
-            self._places[number] = SampleTable.of(group(walk(self.tars[number])))
+        self._scan(to_scan, group)
         counts = [self._count(place) for place in self._places]
         self._ends = np.cumsum(counts).tolist()
 
@@ -101,6 +105,21 @@ class Archive:
             assert self._index is not None
             members = self._index.table(place).sample(within)
         return TarSample(self.tars[tar], self._stamps[tar], members)
+
+    def _scan(self, numbers: list[int], group: Grouping) -> None:
+        failures = []
+        for number in numbers:
+            tar = self.tars[number]
+            try:
+                self._places[number] = SampleTable.of(group(walk(tar)))
+            except ValueError as error:
+                failures.append(str(error))
+                self._places[number] = SampleTable.of([[Member(b"", 0, self._stamps[number][0])]])
+        if len(failures) > MAX_BAD_TARS * len(self.tars):
+            of = f"; so are {len(failures) - 1} more of {len(self.tars)} tars" if len(failures) > 1 else ""
+            raise ValueError(f"{failures[0]}{of}")
+        for failure in failures:
+            warnings.warn(f"{failure}; all its samples are lost, and counted as one", stacklevel=5)
 
     def _count(self, place: int | SampleTable) -> int:
         if isinstance(place, SampleTable):

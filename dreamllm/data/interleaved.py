@@ -228,7 +228,7 @@ class TarInterleaved(InterleavedReader):
             raise BadSampleError("malformed", f"{name}: the tar has pictures before its first JSON")
         if head.size == 0:
             raise BadSampleError("malformed", f"the JSON of {name} is empty (0 bytes)")
-        values = parse_json(sample.read(head, name), f"the JSON of {name}")
+        values = parse_json(sample.read([head], name)[0], f"the JSON of {name}")
         pictures = _Pictures(sample, docid, members, name)
         return values, pictures.find, name
 
@@ -248,7 +248,7 @@ class _Pictures:
         for table, form in zip(self.forms, name_forms(os.path.basename(image_name)), strict=True):
             member = table.get(form)
             if member is not None:
-                return self.sample.read(member, self.name)
+                return self.sample.read([member], self.name)[0]
         return None
 
 

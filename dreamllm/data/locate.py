@@ -83,7 +83,12 @@ def find_json(path: Path, key: str) -> Path:
 def files_with(path: Path, suffix: str, key: str) -> list[Path]:
     """The files with `suffix` in whose first 64 KiB `key` stands."""
     candidates = [path] if path.is_file() else sorted(path.glob(f"*{suffix}"))
-    return [file for file in candidates if file.suffix == suffix and key in beginning(file)]
+    return [file for file in candidates if file.suffix == suffix and _begins_with(file, key)]
+
+
+def _begins_with(file: Path, key: str) -> bool:
+    # Thousands of files may be looked into, and nearly always the first page tells.
+    return key in beginning(file, 1 << 12) or key in beginning(file)
 
 
 def only(files: list[Path], path: Path) -> Path:
@@ -105,10 +110,10 @@ def has_a_pair(root: Path) -> bool:
     return False
 
 
-def beginning(path: Path) -> str:
-    """The first 64 KiB as text."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(_BEGINNING)
+def beginning(path: Path, size: int = _BEGINNING) -> str:
+    """The first `size` bytes as text."""
+    with open(path, "rb") as file:
+        return file.read(size).decode("utf-8-sig", "replace")
 
 
 def unknown(path: Path, looked_for: tuple[str, ...], hint: str = "") -> UnknownDataError:

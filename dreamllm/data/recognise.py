@@ -28,7 +28,7 @@ _LOOKED_INTO = 16
 def recognise(path: Path) -> str | None:
     """The kind of data that `path` holds, one of `KINDS`, or None. See `LOOKED_FOR`, tried in this order."""
     if path.suffix == ".tar" or is_tar_list(path) or (path.is_dir() and any(path.rglob("*.tar"))):
-        return "interleaved_tars" if _holds_documents(find_tars(path)[0]) else "pair_tars"
+        return "interleaved_tars" if _hold_documents(find_tars(path)) else "pair_tars"
     if path.is_dir() and is_arrow_folder(path):
         return "arrow"
     if path.is_dir() and any((path / file).is_file() for file in CAPTION_FILES):
@@ -42,18 +42,33 @@ def recognise(path: Path) -> str | None:
     return "pair_folder" if path.is_dir() and has_a_pair(path) else None
 
 
-def _holds_documents(tar: Path) -> bool:
-    """Whether one of the first JSON members is an interleaved document."""
-    for member in itertools.islice(walk(tar), _LOOKED_INTO):
-        if isinstance(member, Member) and member.name.lower().endswith(b".json") and member.size < 1 << 24:
-            with open(tar, "rb") as file:
-                data = os.pread(file.fileno(), member.size, member.offset)
-            try:
-                values = parse_json(data, tar.name)
-            except BadSampleError:
-                continue
-            return isinstance(values, dict) and "text_list" in values
+def _hold_documents(tars: list[Path]) -> bool:
+    """Whether interleaved documents lie in the first tar that holds anything. Raises `ValueError` if none is a tar."""
+    failure: ValueError | None = None
+    for tar in tars[:_LOOKED_INTO]:
+        try:
+            members = list(itertools.islice(walk(tar), _LOOKED_INTO))
+        except ValueError as error:
+            failure = failure or error
+            continue
+        found = [_is_document(tar, member) for member in members if isinstance(member, Member)]
+        if found:
+            return any(found)
+    if failure is not None:
+        raise failure
     return False
+
+
+def _is_document(tar: Path, member: Member) -> bool:
+    if not member.name.lower().endswith(b".json") or member.size > 1 << 24:
+        return False
+    with open(tar, "rb") as file:
+        data = os.pread(file.fileno(), member.size, member.offset)
+    try:
+        values = parse_json(data, tar.name)
+    except BadSampleError:
+        return False
+    return isinstance(values, dict) and "text_list" in values
 
 
 def parquet_hint(path: Path) -> str:

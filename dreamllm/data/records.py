@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from dreamllm.data.problems import BadSampleError
 
+LOUD_BYTES = 1 << 33
 _CHUNK = 1 << 24
 _QUOTE, _BACKSLASH, _COMMA, _NEWLINE = b'"\\,\n'
 _LIST, _LIST_END, _OBJECT, _OBJECT_END = b"[]{}"
@@ -32,9 +34,15 @@ class JsonRecords:
         assert paths
         self.paths = [Path(path) for path in paths]
         self._bounds: list[np.ndarray] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps = [stamp(path) for path in self.paths]
+        size = sum(size for size, _ in self._stamps)
+        if size > LOUD_BYTES:
+            warnings.warn(
+                f"{size / 1e9:.0f} GB of JSON in {len(self.paths)} files ({self.paths[0]}) are read through at every "
+                "start; tars with an index are not (`dreamllm data build`, then `dreamllm data index`)",
+                stacklevel=3,
+            )
         for path in self.paths:
-            self._stamps.append(stamp(path))
             self._bounds.append(_list_bounds(path) if path.suffix == ".json" else _line_bounds(path))
         self._ends = np.cumsum([len(bounds) - 1 for bounds in self._bounds]).tolist()
 
@@ -50,7 +58,8 @@ class JsonRecords:
         within = index - (self._ends[file - 1] if file else 0)
         name = f"{path.stem} sample {within}" if path.suffix == ".json" else f"{path.stem} line {within + 1}"
         start, stop = int(bounds[within]) + 1, int(bounds[within + 1])
-        return parse_json(read_piece(path, start, stop - start, self._stamps[file], name), name), name
+        (data,) = read_pieces(path, [(start, stop - start)], self._stamps[file], name)
+        return parse_json(data, name), name
 
 
 def parse_json(data: bytes, name: str) -> Any:
@@ -67,19 +76,22 @@ def stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_piece(path: Path, offset: int, size: int, expected: tuple[int, int], name: str) -> bytes:
-    """`size` bytes of a file that must still have the stamp `expected`. Raises `BadSampleError` otherwise."""
+def read_pieces(path: Path, pieces: Sequence[tuple[int, int]], expected: tuple[int, int], name: str) -> list[bytes]:
+    """Pieces (offset, size) of a file that must still have the stamp `expected`; `BadSampleError` otherwise.
+
+    The file is opened once for all of them: on a network disk that costs more than reading.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != expected:
                 raise BadSampleError("changed_file", f"{name}: {path} was changed after it was opened; start again")
-            data = os.pread(file.fileno(), size, offset)
+            data = [os.pread(file.fileno(), size, offset) for offset, size in pieces]
     except FileNotFoundError as error:
         raise BadSampleError("changed_file", f"{name}: {path} has disappeared") from error
     except OSError as error:
         raise BadSampleError("truncated_archive", f"{name}: {path} cannot be read: {error}") from error
-    if len(data) != size:
+    if any(len(piece) != size for piece, (_, size) in zip(data, pieces, strict=True)):
         raise BadSampleError("truncated_archive", f"{name}: {path} ends inside this sample")
     return data
 

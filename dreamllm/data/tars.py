@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +55,31 @@ class TarPairs(PairSource):
         sample.check()
         parts = _Parts(sample)
         parts.check()
-        values = parts.values() if self.metadata or (parts.json is not None and parts.text is None) else {}
-        caption = checked_caption(self._caption(parts, values), parts.name)
-        assert parts.image is not None
-        return Pair(sample.read(parts.image, parts.name), caption, parts.name, values)
+        image, text, values = self._content(parts)
+        return Pair(image, checked_caption(text, parts.name), parts.name, values)
 
-    def _caption(self, parts: _Parts, values: Mapping[str, Any]) -> str:
+    def _content(self, parts: _Parts) -> tuple[bytes, str, dict[str, Any]]:
+        """Picture, caption and the fields of the JSON, if they are needed. The tar is opened once."""
         key = self.json_caption_key
-        if key is None and parts.text is not None:
-            return _text(parts.sample.read(parts.text, parts.name), parts.name)
-        if parts.json is None:
+        plain = parts.text if key is None else None
+        if plain is None and parts.json is None:
             wanted = f"{parts.key}.txt" if key is None else f"{parts.key}.json"
             raise BadSampleError("missing_caption", f"{parts.name} has no caption {wanted}")
-        caption = (values or parts.values()).get(key or DEFAULT_CAPTION_KEY)
+        described = parts.json if plain is None or self.metadata else None
+        members = [member for member in (parts.image, plain, described) if member is not None]
+        data = dict(zip(members, parts.sample.read(members, parts.name), strict=True))
+        values: Any = {}
+        if described is not None:
+            values = parse_json(data[described], f"the JSON of {parts.name}")
+            values = values if isinstance(values, dict) else {}
+        assert parts.image is not None
+        if plain is not None:
+            return data[parts.image], _text(data[plain], parts.name), values
+        caption = values.get(key or DEFAULT_CAPTION_KEY)
         if not isinstance(caption, str):
             found = key or DEFAULT_CAPTION_KEY
             raise BadSampleError("missing_caption", f"the JSON of {parts.name} has no text under {found!r}")
-        return caption
+        return data[parts.image], caption, values
 
 
 class _Parts:
@@ -101,13 +109,6 @@ class _Parts:
             raise BadSampleError("missing_image", f"{self.name} has no picture ({', '.join(IMAGE_SUFFIXES)})")
         if not self.image.size:
             raise BadSampleError("corrupt_image", f"the picture of {self.name} is empty (0 bytes)")
-
-    def values(self) -> dict[str, Any]:
-        """The fields of the `.json` member; none without it."""
-        if self.json is None:
-            return {}
-        values = parse_json(self.sample.read(self.json, self.name), f"the JSON of {self.name}")
-        return values if isinstance(values, dict) else {}
 
 
 def group_pairs(members: Iterable[Member | Damage]) -> list[list[Member]]:

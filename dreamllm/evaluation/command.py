@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dreamllm.evaluation.benchmarks import BENCHMARKS, DigitsBenchmark, Protocol, find_benchmark
+from dreamllm.evaluation.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    DigitsBenchmark,
+    LanguageBenchmark,
+    Protocol,
+    find_benchmark,
+)
 from dreamllm.evaluation.digits_run import run_digits
 from dreamllm.evaluation.records import Shard
 from dreamllm.evaluation.run import REPORT_FILE, Results, RunOptions, run_benchmark
@@ -57,16 +66,22 @@ def evaluate(
     if not benchmark:
         raise ValueError("name a benchmark; --list shows them")
     chosen = find_benchmark(benchmark)
+    if isinstance(chosen, DigitsBenchmark | LanguageBenchmark):
+        own: dict[str, object] = {"protocol": protocol, "judge": judge}
+        own |= {"data": data, "limit": limit} if isinstance(chosen, DigitsBenchmark) else {}
+        surplus = [f"--{name}" for name, value in own.items() if value is not None]
+        surplus += ["--processes"] if processes != 1 else []
+        surplus += ["--shard"] if shard != "0/1" else []
+        if surplus:
+            raise ValueError(
+                f"{chosen.title} is evaluated in its own way, by one process; leave {', '.join(surplus)} away"
+            )
     if isinstance(chosen, DigitsBenchmark):
-        given = {"data": data, "protocol": protocol, "limit": limit, "judge": judge}
-        surplus = [f"--{name}" for name, value in given.items() if value is not None]
-        if surplus or processes != 1 or shard != "0/1":
-            named = ", ".join(surplus) or "--processes and --shard"
-            raise ValueError(f"digits brings its own data and way of asking, in one process; leave {named} away")
         data = Path()
     if model is None or data is None:
         missing = " and ".join(name for name, given in (("--model", model), ("--data", data)) if given is None)
-        raise ValueError(f"{chosen.title} needs {missing}; the data folder holds: {', '.join(chosen.files)}")
+        files = f"; the data folder holds: {', '.join(chosen.files)}" if chosen.files else ""
+        raise ValueError(f"{chosen.title} needs {missing}{files}")
     if not Path(model).is_dir():
         raise FileNotFoundError(f"model folder {model} does not exist")
     folder = out or Path("evaluation") / chosen.name
@@ -74,9 +89,19 @@ def evaluate(
         model, data, folder, protocol or "original", limit, batch_size, device, dtype, Shard.parse(shard), judge
     )  # fmt: skip
     with quiet_transformers():
-        digits = isinstance(chosen, DigitsBenchmark)
-        results = run_digits(options) if digits else run_benchmark(chosen, options, processes)
+        results = _run(chosen, options, processes)
     show_results(results, options, Console())
+
+
+def _run(benchmark: Benchmark, options: RunOptions, processes: int) -> Results | None:
+    if isinstance(benchmark, DigitsBenchmark):
+        return run_digits(options)
+    if isinstance(benchmark, LanguageBenchmark):
+        # Not imported with this file: lm-eval takes seconds, and every command would wait for it.
+        if find_spec("lm_eval") is None:
+            raise ModuleNotFoundError(f"{benchmark.title} is run by lm-eval; install it with: pip install lm-eval")
+        return import_module("dreamllm.evaluation.harness.lm_eval_run").run_language(benchmark, options)
+    return run_benchmark(benchmark, options, processes)
 
 
 def show_results(results: Results | None, options: RunOptions, console: Console) -> None:

@@ -21,13 +21,15 @@ from dreamllm.evaluation.files import find_file, find_folder
 from dreamllm.evaluation.metrics import (
     ClipJudge,
     FeatureStatistics,
-    StatisticsSum,
     best_candidate,
     clip_score,
+    feature_statistics,
     frechet_distance,
     inception_pixels,
+    kernel_distance,
     load_inception,
 )
+from dreamllm.evaluation.metrics.frechet import KID_SUBSET_SIZE
 from dreamllm.evaluation.records import AnswerFile, Shard
 
 PICTURES = "pictures"
@@ -117,29 +119,35 @@ def _keep(
 def score_pictures(
     benchmark: PictureBenchmark, networks: Networks, data: Path, folder: Path, records: Sequence[Record]
 ) -> tuple[Figure, ...]:
-    """FID, and the mean CLIPScore of the chosen pictures where CLIP chose. Saves the statistics beside the records."""
-    drawn = feature_sum(benchmark, networks, [picture_file(folder, record["index"]) for record in records])
-    statistics = drawn.statistics()
+    """FID; KID where the real pictures are there; the mean CLIPScore of the chosen pictures where CLIP chose.
+
+    Saves the statistics beside the records. KID is times 1000, as usual.
+    """
+    drawn = picture_features(benchmark, networks, [picture_file(folder, record["index"]) for record in records])
+    statistics = feature_statistics(drawn)
     statistics.save(folder / "statistics.npz")
-    reference = networks.reference
-    if reference is None:
+    if networks.reference is not None:
+        figures = [Figure(frechet_distance(statistics, networks.reference), "FID", percent=False)]
+    else:
         assert benchmark.real is not None
-        reference = feature_sum(benchmark, networks, benchmark.real(data)[: len(records)]).statistics()
-    figures = [Figure(frechet_distance(statistics, reference), "FID", percent=False)]
+        real = picture_features(benchmark, networks, benchmark.real(data)[: len(records)])
+        kid = kernel_distance(drawn, real, subset_size=min(KID_SUBSET_SIZE, len(records)))
+        figures = [
+            Figure(frechet_distance(statistics, feature_statistics(real)), "FID", percent=False),
+            Figure(1000 * kid.mean, f"KID x 1000, subsets of {kid.subset_size}", percent=False),
+        ]
     if all("agreement" in record for record in records):
         scores = [clip_score(record["agreement"][record["candidate"]]) for record in records]
         figures.append(Figure(sum(scores) / len(scores), "CLIPScore"))
     return tuple(figures)
 
 
-def feature_sum(benchmark: PictureBenchmark, networks: Networks, pictures: Sequence[PictureSource]) -> StatisticsSum:
-    """Features of pictures, which are decoded in the background."""
-    total = StatisticsSum()
+def picture_features(benchmark: PictureBenchmark, networks: Networks, pictures: Sequence[PictureSource]) -> Tensor:
+    """Features [N, D] of pictures, which are decoded in the background."""
     batches = [pictures[i : i + FEATURE_BATCH] for i in range(0, len(pictures), FEATURE_BATCH)]
     with torch.inference_mode():
-        for pixels in ahead(lambda batch: _pixels(benchmark, batch), batches):
-            total.add(networks.inception(pixels))
-    return total
+        decoded = ahead(lambda batch: _pixels(benchmark, batch), batches)
+        return torch.cat([networks.inception(pixels) for pixels in decoded])
 
 
 def _pixels(benchmark: PictureBenchmark, pictures: Iterable[PictureSource]) -> Tensor:

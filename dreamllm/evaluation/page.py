@@ -24,7 +24,7 @@ h2 { font-size: 1.35rem; margin: 3.2rem 0 0.4rem; }
 .lead { font-size: 1.15rem; }
 .note { font: 0.9rem/1.5 var(--label); }
 .figures { display: flex; flex-wrap: wrap; gap: 0.6rem 2.6rem; margin: 1.6rem 0 0; padding: 0; }
-.figures div { display: flex; flex-direction: column-reverse; }
+.figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .figures dt { font: 0.82rem/1.35 var(--label); color: var(--muted); max-width: 15rem; }
 .figures dd { margin: 0; font: 600 1.25rem/1.3 var(--label); font-variant-numeric: tabular-nums; }
 .figures div:first-child { flex-basis: 100%; }
@@ -56,7 +56,7 @@ td.none { color: var(--muted); font-weight: 400 !important; }
 class Example:
     """A sample as the page shows it. `score` in [0, 1], or None: neither good nor bad."""
 
-    picture: PictureSource
+    picture: PictureSource | None
     question: str
     said: str
     references: tuple[str, ...]
@@ -110,7 +110,11 @@ def _table(table: Table, page: Page) -> str:
     body = "".join(
         f"<tr{style}><th>{escape(name)}</th>{''.join(map(_cell, values))}</tr>" for name, values, style in rows
     )
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    limited = (
+        "In brackets: the number of samples, where a run took the first ones only." if "(" in "".join(ours) else ""
+    )
+    texts = " ".join(filter(None, [table.note, limited]))
+    note = f'<p class="note">{escape(texts)}</p>' if texts else ""
     return (
         f'<h2>{escape(table.title)}</h2>{note}<div class="scroll"><table><thead><tr><th>model</th>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
@@ -141,18 +145,21 @@ def _grid(examples: Sequence[Example]) -> str:
 
 
 def _example(example: Example) -> str:
-    picture = load_picture(example.picture)
-    tiny = max(picture.size) <= THUMBNAIL // 4
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     style = "" if example.score is None else " bad" if example.score < 0.5 else " good"
     grade = "" if example.score is None else f'<span class="grade">{example.score:.2f}</span>'
     question = f'<p class="question">{escape(_cut(example.question))}</p>' if example.question else ""
     said = escape(_cut(example.said)) or "(nothing)"
     caption = f'{question}<p class="said">{grade}{said}</p>{_references(example.references)}'
-    return (
-        f'<figure class="example{style}"><img{" class=px" if tiny else ""} src="{data_uri(picture)}" alt="">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f'<figure class="example{style}">{_thumbnail(example.picture)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _thumbnail(source: PictureSource | None) -> str:
+    if source is None:
+        return ""
+    picture = load_picture(source)
+    tiny = max(picture.size) <= THUMBNAIL // 4
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return f'<img{" class=px" if tiny else ""} src="{data_uri(picture)}" alt="">'
 
 
 def _references(references: Sequence[str]) -> str:

@@ -241,6 +241,7 @@ def report(
         "protocol": protocol or options.protocol,
         "model": fingerprint(options.model),
         "samples": len(examples),
+        "limit": options.limit,
         "figures": [figure.to_json() for figure in figures],
         "paper": benchmark.paper,
         **how,
@@ -252,17 +253,21 @@ def report(
 
 
 def beside(out: Path, results: Results) -> dict[str, str]:
-    """Headline figures by benchmark of this run and of those beside it with the same model and protocol."""
+    """Headline figures by benchmark of this run and of those beside it with the same model and protocol.
+
+    A figure on the first samples only is followed by their number.
+    """
     found: dict[str, str] = {}
     for path in sorted(out.resolve().parent.glob(f"*/{RESULTS_FILE}")):
         try:
             other = json.loads(path.read_text(encoding="utf-8"))
             same = all(other[key] == results[key] for key in ("model", "protocol"))
             value = other["figures"][0]["value"]
+            limited = f" ({other['samples']})" if other["limit"] is not None else ""
         except (ValueError, KeyError, IndexError, TypeError):
             continue  # a file of this name that is not ours
         if same and value is not None:
-            found[other["benchmark"]] = f"{value:.2f}"
+            found[other["benchmark"]] = f"{value:.2f}{limited}"
     return found
 
 

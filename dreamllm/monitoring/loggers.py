@@ -35,6 +35,9 @@ class TensorBoard:
         for name, value in scalars(line).items():
             self._writer.add_scalar(name, value, line["step"])
 
+    def needs_model(self, step: int) -> bool:
+        return False
+
     def after_step(self, stage: str, step: int, model: DreamLLM, processor: DreamLLMProcessor) -> None:
         """Only lines of metrics are logged."""
 
@@ -62,6 +65,9 @@ class WeightsAndBiases:
 
     def line(self, line: dict[str, Any]) -> None:
         self._run.log({**scalars(line), f"{line['stage']}/step": line["step"]})
+
+    def needs_model(self, step: int) -> bool:
+        return False
 
     def after_step(self, stage: str, step: int, model: DreamLLM, processor: DreamLLMProcessor) -> None:
         """Only lines of metrics are logged."""

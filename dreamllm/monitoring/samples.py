@@ -68,8 +68,11 @@ class SampleWriter:
     def __init__(self, run: Path, settings: SampleSettings, writes: bool = True) -> None:
         self.run, self.settings, self.writes = run, settings, writes
 
+    def needs_model(self, step: int) -> bool:
+        return bool(self.settings.every) and step % self.settings.every == 0
+
     def after_step(self, stage: str, step: int, model: DreamLLM, processor: DreamLLMProcessor) -> None:
-        if not self.settings.every or step % self.settings.every:
+        if not self.needs_model(step):
             return
         training = model.training
         model.eval()

@@ -18,10 +18,11 @@ from dreamllm.documents import PackedBatch
 from dreamllm.profiling.parts import PartTracker
 from dreamllm.profiling.synchronisation import HostSynchronisations
 from dreamllm.profiling.workload import Precision, PreparedStep, Recording, prepare
+from dreamllm.training import stage_batches
 from dreamllm.training.metrics import StepCounts
 from dreamllm.training.progress import StageProgress
 from dreamllm.training.step import count
-from dreamllm.workloads import batches, make_processor, stage_config
+from dreamllm.workloads import make_processor, stage_config
 
 TRACE = "trace.json"
 
@@ -68,7 +69,7 @@ def profile_workload(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     config = stage_config(workload, size, documents_per_step, seed=seed)
-    loader = batches(config, make_processor(size), seed)
+    loader = stage_batches(config, make_processor(size), seed)
     step = prepare(size, config, precision, device, seed=seed)
     with StageProgress(console or Console(quiet=True), f"profiling {config.name} {size}", 2 * steps + 3, 0) as progress:
 

@@ -19,8 +19,11 @@ from dreamllm.training.errors import (
 )
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder
+from dreamllm.training.merge import merge_stage1
 from dreamllm.training.metrics import read_metrics
+from dreamllm.training.observers import RunObserver
 from dreamllm.training.runner import run
+from dreamllm.training.stage import stage_batches
 
 __all__ = [
     "STAGE_LOSS_WEIGHTS",
@@ -30,6 +33,7 @@ __all__ = [
     "ProcessLostError",
     "Processes",
     "RunConfig",
+    "RunObserver",
     "RunSettings",
     "SaveError",
     "StageConfig",
@@ -38,9 +42,11 @@ __all__ = [
     "learning_rate",
     "load_stored_batch",
     "make_folder",
+    "merge_stage1",
     "processes",
     "read_metrics",
     "run",
+    "stage_batches",
     "write_folder",
     "write_json",
 ]

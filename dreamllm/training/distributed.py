@@ -170,9 +170,12 @@ def _join(device: str, grouped: bool) -> Processes:
         return Processes(0, 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    store, rank = dist.HashStore(), 0
+    store: dist.Store = dist.HashStore()
+    rank = 0
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over restarts: what the attempt before left there must not be taken for ours.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
     group = dist.new_group(backend="gloo") if chosen.type == "cuda" else dist.group.WORLD

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,24 @@ class StepCounts:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """One step's losses, on the host, with what they average over.
+class StepTimes:
+    """When a step was and how fast it learned.
 
-    `step` counts from 1; `elapsed` is the time in seconds that the stage had taken when the step had been given out.
+    `step` counts from 1; `elapsed` is the time in seconds that the stage had taken when the step had been given out,
+    `waited` the part of it for which this process waited for the step's data.
     """
 
     step: int
     elapsed: float
+    waited: float
     learning_rate: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step's losses, on the host, with what they average over."""
+
+    times: StepTimes
     counts: StepCounts
     lm_loss: float
     vm_loss: float
@@ -43,11 +54,15 @@ class StepRecord:
     grad_norm: float
 
     @property
+    def step(self) -> int:
+        return self.times.step
+
+    @property
     def finite(self) -> bool:
         return all(math.isfinite(v) for v in (self.lm_loss, self.vm_loss, self.loss, self.grad_norm))
 
 
-_Added = tuple[int, float, float, StepCounts, Tensor]
+_Added = tuple[StepTimes, StepCounts, Tensor]
 
 
 class Readback:
@@ -61,9 +76,9 @@ class Readback:
         self._added: list[_Added] = []
         self._copies: list[tuple[list[_Added], Tensor, torch.cuda.Event | None]] = []
 
-    def add(self, step: int, elapsed: float, learning_rate: float, counts: StepCounts, losses: Tensor) -> None:
+    def add(self, times: StepTimes, counts: StepCounts, losses: Tensor) -> None:
         """losses: float32 [4] on the device: language, diffusion, total, gradient norm."""
-        self._added.append((step, elapsed, learning_rate, counts, losses))
+        self._added.append((times, counts, losses))
 
     def start(self) -> None:
         if not self._added:
@@ -87,12 +102,12 @@ class Readback:
         for added, values, event in ready:
             if event is not None:
                 event.synchronize()
-            for (step, elapsed, rate, counts, _), row in zip(added, values.tolist(), strict=True):
-                records.append(StepRecord(step, elapsed, rate, counts, *row))
+            for (times, counts, _), row in zip(added, values.tolist(), strict=True):
+                records.append(StepRecord(times, counts, *row))
         return records
 
 
-def interval_line(stage: str, records: list[StepRecord], since: float) -> dict[str, Any]:
+def interval_line(stage: str, records: list[StepRecord], since: float, memory_bytes: int) -> dict[str, Any]:
     """One line of metrics: means over the tokens, pictures and steps of `records`.
 
     `lm_loss` and `vm_loss` are unweighted, None when nothing was there to average; `lr` and `step` are the last step's;
@@ -112,13 +127,15 @@ def interval_line(stage: str, records: list[StepRecord], since: float) -> dict[s
         "loss": sum(r.loss for r in usable) / len(usable) if usable else None,
         "lm_loss": sum(r.lm_loss * r.counts.targets for r in usable) / targets if targets else None,
         "vm_loss": sum(r.vm_loss * r.counts.pictures for r in usable) / drawn if drawn else None,
-        "lr": last.learning_rate,
+        "lr": last.times.learning_rate,
         "grad_norm": sum(r.grad_norm for r in usable) / len(usable) if usable else None,
         "tokens": sum(r.counts.tokens for r in records),
         "pictures": sum(r.counts.pictures for r in records),
         "documents": sum(r.counts.documents for r in records),
         "bad_documents": sum(r.counts.bad for r in records),
-        "seconds": round(last.elapsed - since, 3),
+        "seconds": round(last.times.elapsed - since, 3),
+        "data_seconds": round(sum(r.times.waited for r in records), 3),
+        "memory_bytes": memory_bytes,
     }
 
 
@@ -127,7 +144,16 @@ def record_to_json(record: StepRecord) -> dict[str, Any]:
 
 
 def record_from_json(values: dict[str, Any]) -> StepRecord:
-    return StepRecord(**{**values, "counts": StepCounts(**values["counts"])})
+    times, counts = StepTimes(**values["times"]), StepCounts(**values["counts"])
+    return StepRecord(**{**values, "times": times, "counts": counts})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA what the allocator had given out at most, elsewhere what this process had resident at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class MetricsFile:

@@ -10,9 +10,12 @@ from dreamllm.model import DreamLLM, DreamLLMProcessor
 class RunObserver(Protocol):
     """Is told of every line of metrics and of every step.
 
-    With several processes, all of them call `after_step` (a sharded model computes with all), and only the first one
-    calls `line`.
+    With several processes, all of them call `after_step`, and only the first one calls `line`.
     """
+
+    def needs_model(self, step: int) -> bool:
+        """Whether `after_step` reads or runs the model at this step, the same in all processes: a sharded one is then
+        gathered."""
 
     def line(self, line: dict[str, Any]) -> None:
         """A line of metrics was written."""

@@ -61,11 +61,15 @@ class StageProgress:
 
 
 def describe_line(line: dict[str, Any]) -> str:
-    """Losses and speed of a line of metrics: `lm 1.234 vm 0.567 81.2 documents/s`."""
+    """Losses, speed, waiting and memory of a line of metrics:
+    `lm 1.234 vm 0.567 81.2 documents/s 5,120 tokens/s 12.0 drawn/s data 3% 1.2 GiB`."""
     losses = [f"{key.removesuffix('_loss')} {line[key]:.3f}" for key in ("lm_loss", "vm_loss") if line[key] is not None]
-    speed = line["documents"] / max(line["seconds"], 1e-3)
-    pictures = f" {line['pictures'] / max(line['seconds'], 1e-3):.1f} drawn/s" if line["pictures"] else ""
-    return f"{' '.join(losses)} {speed:.1f} documents/s{pictures}"
+    seconds = max(line["seconds"], 1e-3)
+    parts = [*losses, f"{line['documents'] / seconds:.1f} documents/s", f"{line['tokens'] / seconds:,.0f} tokens/s"]
+    if line["pictures"]:
+        parts.append(f"{line['pictures'] / seconds:.1f} drawn/s")
+    parts += [f"data {100 * line['data_seconds'] / seconds:.0f}%", f"{line['memory_bytes'] / 2**30:.1f} GiB"]
+    return " ".join(parts)
 
 
 @contextlib.contextmanager

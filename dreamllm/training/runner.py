@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,28 @@ from dreamllm.training.export import gather_trained, save_whole
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
+from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import quiet_transformers, say
-from dreamllm.training.sharding import ShardedModel
+from dreamllm.training.sharding import ShardedModel, compile_layers, shards
 from dreamllm.training.stage import StageResult, StageTrainer
 from dreamllm.training.step import Pass
 
 DONE, MODEL, CONFIG = "done.json", "model", "run.json"
 
 
-def run(config: RunConfig, console: Console | None = None) -> Path:
+def run(
+    config: RunConfig,
+    console: Console | None = None,
+    observers: Callable[[bool], Sequence[RunObserver]] = lambda main: (),
+) -> Path:
     """Trains all stages and returns the folder of the final model, `config.out / "model"`.
 
     Each stage leaves `out/<stage>/model` (the last one `out/model`), loadable with `DreamLLM.from_pretrained` and
     `DreamLLMProcessor.from_pretrained`. A stage that is complete is not run again; one that was interrupted, even by
     kill -9, goes on from its last checkpoint and ends with the same bits as if it had not been.
+
+    `observers` makes those that watch the run, in every process, once the run's folder exists; it is told whether this
+    is the process that writes.
 
     Started by torchrun, all processes share the work; the main one prints and writes. The run may go on with another
     number of them.
@@ -53,24 +61,31 @@ def run(config: RunConfig, console: Console | None = None) -> Path:
             claim_folder(config.out / CONFIG, config.describe(), FREE_TO_CHANGE, lambda text: say(shown, text))
 
         these.on_main(claim)
-        with _threads(settings.num_threads), quiet_transformers(), InterruptRequest() as interrupt:
-            _Run(config, shown, these).stages(interrupt)
+        with (
+            _threads(settings.num_threads),
+            quiet_transformers(),
+            InterruptRequest() as interrupt,
+            _closing(observers(these.main)) as watching,
+        ):
+            _Run(config, shown, these, watching).stages(interrupt)
         say(shown, f"the model is in {config.out / MODEL}")
     return config.out / MODEL
 
 
 class _Run:
-    def __init__(self, config: RunConfig, console: Console, processes: Processes) -> None:
-        self.config, self.console, self.processes = config, console, processes
+    def __init__(
+        self, config: RunConfig, console: Console, processes: Processes, observers: Sequence[RunObserver]
+    ) -> None:
+        self.config, self.console, self.processes, self.observers = config, console, processes, observers
         self.source = config.model
         self.metrics_bytes = 0
         self.loaded: tuple[DreamLLM, DreamLLMProcessor] | None = None
 
     def stages(self, interrupt: InterruptRequest) -> None:
         for number, stage in enumerate(self.config.stages):
-            done = self.config.out / stage.name / DONE
-            if done.is_file():
-                self.metrics_bytes = json.loads(done.read_text())["metrics_bytes"]
+            found = self._summary(stage)
+            if found is not None:
+                self.metrics_bytes = found["metrics_bytes"]
                 say(self.console, f"{stage.name} is complete")
             else:
                 self._train(stage, interrupt)
@@ -79,12 +94,19 @@ class _Run:
                 say(self.console, f"\nstopped after {stage.name}; rerun the same command to resume")
                 raise TrainingInterrupted
 
+    def _summary(self, stage: StageConfig) -> dict[str, Any] | None:
+        """What a complete stage left. Read by one process: another node's file system may know of it later."""
+        done = self.config.out / stage.name / DONE
+        return self.processes.on_main(lambda: json.loads(done.read_text()) if done.is_file() else None)
+
     def _train(self, stage: StageConfig, interrupt: InterruptRequest) -> None:
         if self.processes.main:
             make_folder(self.config.out / stage.name)
         if self.loaded is None:
-            self.loaded = _load(self.source, self.config.settings)
-        trainer = StageTrainer(self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes)
+            self.loaded = _load(self.source, self.config.settings, shards(self.config.settings, self.processes))
+        trainer = StageTrainer(
+            self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes, self.observers
+        )
         result = trainer.run(interrupt)
         self._finish(stage, result, trainer.through)
         trainer.checkpoints.remove()
@@ -128,13 +150,12 @@ class _Run:
         return self.config.out / self.config.stages[number].name / MODEL
 
 
-def _load(folder: Path, settings: RunSettings) -> tuple[DreamLLM, DreamLLMProcessor]:
+def _load(folder: Path, settings: RunSettings, sharded: bool) -> tuple[DreamLLM, DreamLLMProcessor]:
     dtype = torch.bfloat16 if settings.precision == "pure_bfloat16" else torch.float32
     model: Any = DreamLLM.from_pretrained(folder, dtype=dtype)
     model.use_fused_operators(settings.fused_operators)
-    if settings.compile_layers:
-        for layer in model.decoder.layers:
-            layer.forward = torch.compile(layer.forward)
+    if settings.compile_layers and not sharded:
+        compile_layers(model)
     return model, DreamLLMProcessor.from_pretrained(folder)
 
 
@@ -146,3 +167,12 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _closing(observers: Sequence[RunObserver]) -> Iterator[Sequence[RunObserver]]:
+    try:
+        yield observers
+    finally:
+        for observer in observers:
+            observer.close()

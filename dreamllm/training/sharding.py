@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class ShardedModel(Pass):
         layers = [layer for layer in decoder.layers if any(p.requires_grad for p in layer.parameters())]
         whole = {p for p in model.parameters() if not p.requires_grad}
         _make_whole(model, whole, settings, processes.device)
+        if settings.compile_layers:
+            compile_layers(model)
         common: dict[str, Any] = {"mesh": self.mesh, "mp_policy": _policy(settings), "ignored_params": whole}
         self.lane = _Lane(model, stage, layers)
         for layer in layers:
@@ -58,11 +60,11 @@ class ShardedModel(Pass):
         self.root: FSDPModule = fully_shard(self.lane, reshard_after_forward=False, **common)
         for parameter in model.parameters():
             parameter.grad = None
-        for module in self.lane.modules():
-            if isinstance(module, FSDPModule):
-                # Losses are divided by what the whole step holds: gradients are sums. gloo has no other reduction.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self.units = [module for module in self.lane.modules() if isinstance(module, FSDPModule)]
+        for unit in self.units:
+            # Losses are divided by what the whole step holds: gradients are sums. gloo has no other reduction.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
     def run(
         self, batch: PackedBatch, counts: StepCounts, generator: torch.Generator, last: bool
@@ -70,6 +72,20 @@ class ShardedModel(Pass):
         self.root.set_requires_gradient_sync(last or self.settings.reduce_each_lane)
         self.root.set_is_last_backward(last)
         return self.lane(batch, counts, generator)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                unit.set_reshard_after_forward(
+                    unit is not self.root and self.settings.sharding != "grad_op", recurse=False
+                )
+                unit.reshard()
 
     def sum(self, losses: Tensor) -> Tensor:
         if self.processes.world > 1:
@@ -116,6 +132,18 @@ class _Reach(torch.autograd.Function):
         return gradient, *(gradient.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.others)
 
 
+def shards(settings: RunSettings, processes: Processes) -> bool:
+    """Whether a stage runs a `ShardedModel`: with several processes always."""
+    return processes.world > 1 or settings.sharding != "none"
+
+
+def compile_layers(model: DreamLLM) -> None:
+    """Runs each of the decoder's layers through torch.compile, in place."""
+    decoder: Any = model.decoder
+    for layer in decoder.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
 def make_mesh(settings: RunSettings, processes: Processes) -> DeviceMesh:
     """The mesh of `settings.sharding` over all processes. Raises `ValueError` when it does not divide them."""
     world, kind = processes.world, processes.device.type
@@ -142,11 +170,6 @@ def _make_whole(model: DreamLLM, whole: set[nn.Parameter], settings: RunSettings
         dtype = parameter.dtype if settings.precision == "float32" else torch.bfloat16
         parameter.data = parameter.data.to(device, dtype)
     model.use_fused_operators(fused)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,15 @@ from dreamllm.training.metrics import (
     Readback,
     StepCounts,
     StepRecord,
+    StepTimes,
     interval_line,
+    peak_memory,
     record_from_json,
     record_to_json,
 )
+from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import StageProgress, describe_line, say
-from dreamllm.training.sharding import ShardedModel
+from dreamllm.training.sharding import ShardedModel, shards
 from dreamllm.training.step import Pass, count, make_optimizer, prepare_model, run_step, unreached
 
 
@@ -67,6 +70,24 @@ class _Step:
         return self.sums.result()[-1] > 0
 
 
+def stage_batches(
+    stage: StageConfig, processor: DreamLLMProcessor, seed: int = 0, max_consecutive_bad: int = 20
+) -> Batches:
+    """The batches of `stage` in a run with `seed`."""
+    mixture = Mixture(stage.data, derive_seed(seed, stage.name, "data"))
+    fixed = stage.documents_per_step
+    loader = LoaderSettings(
+        documents_per_batch=None if fixed is None else fixed // stage.micro_batches,
+        tokens_per_batch=stage.tokens_per_batch,
+        look_ahead=stage.look_ahead,
+        pictures_per_batch=stage.pictures_per_batch,
+        with_null=stage.condition_dropout > 0,
+        flip_targets=stage.flip_targets,
+        max_consecutive_bad=max_consecutive_bad,
+    )
+    return Batches(mixture, processor, loader)
+
+
 class StageTrainer:
     """Trains `model` in place through one stage of `config`. `metrics_bytes`: size of the metrics before the stage.
 
@@ -82,18 +103,21 @@ class StageTrainer:
         metrics_bytes: int,
         console: Console,
         processes: Processes,
+        observers: Sequence[RunObserver] = (),
     ) -> None:
         self.config, self.stage, self.model, self.console = config, stage, model, console
         self.settings, self.processes = config.settings, processes
         self.folder = config.out / stage.name
         self.device = processes.device
         self.lanes = processes.lanes(stage.micro_batches)
-        self.batches = self._batches(processor)
-        if not self._sharded:
+        self.processor, self.observers = processor, tuple(observers)
+        self.batches = stage_batches(stage, processor, config.seed, self.settings.max_consecutive_bad)
+        sharded = shards(self.settings, processes)
+        if not sharded:
             model.to(self.device)  # a sharded one goes there layer by layer
         prepare_model(model, stage)
         model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
-        if self._sharded:
+        if sharded:
             self.through: Pass = ShardedModel(model, stage, self.settings, processes)
         else:
             self.through = Pass(model, stage, self._autocast())
@@ -116,25 +140,6 @@ class StageTrainer:
         self.done = self.skipped = 0
         self.metrics_bytes = metrics_bytes
 
-    @property
-    def _sharded(self) -> bool:
-        return self.processes.world > 1 or self.settings.sharding != "none"
-
-    def _batches(self, processor: DreamLLMProcessor) -> Batches:
-        stage = self.stage
-        mixture = Mixture(stage.data, derive_seed(self.config.seed, stage.name, "data"))
-        fixed = stage.documents_per_step
-        loader = LoaderSettings(
-            documents_per_batch=None if fixed is None else fixed // stage.micro_batches,
-            tokens_per_batch=stage.tokens_per_batch,
-            look_ahead=stage.look_ahead,
-            pictures_per_batch=stage.pictures_per_batch,
-            with_null=stage.condition_dropout > 0,
-            flip_targets=stage.flip_targets,
-            max_consecutive_bad=self.settings.max_consecutive_bad,
-        )
-        return Batches(mixture, processor, loader)
-
     def run(self, interrupt: InterruptRequest) -> StageResult:
         """Goes on from the newest checkpoint, or begins, and returns when all steps are done.
 
@@ -150,11 +155,12 @@ class StageTrainer:
         self._resume()
         self.clock = time.monotonic() - self.elapsed
         with StageProgress(self.console, self.stage.name, self.stage.steps, self.done) as progress:
-            for step in self._steps(interrupt):
-                self._step(step)
+            for step, waited in _timed(self._steps(interrupt)):
+                self._step(step, waited)
                 progress.advance()
                 self._log(progress)
                 self.checkpoints.check()
+                self._show()
                 if self.done == self.stage.steps:
                     break
                 if step.stops if self.processes.world > 1 else interrupt.requested:
@@ -167,6 +173,13 @@ class StageTrainer:
         if problems.counts:
             say(self.console, f"{self.stage.name}: {problems.bad} samples were left out\n{problems.summary()}")
         return StageResult(self.metrics.sync(), problems)
+
+    def _show(self) -> None:
+        """Lets the observers see the model."""
+        needed = any(observer.needs_model(self.done) for observer in self.observers)
+        with self.through.whole() if needed else contextlib.nullcontext():
+            for observer in self.observers:
+                observer.after_step(self.stage.name, self.done, self.model, self.processor)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -198,7 +211,7 @@ class StageTrainer:
             if waiting is not None:
                 yield waiting
 
-    def _step(self, step: _Step) -> None:
+    def _step(self, step: _Step, waited: float) -> None:
         counts = step.counts
         rate = learning_rate(self.stage, self.done)
         for group in self.optimizer.param_groups:
@@ -209,14 +222,13 @@ class StageTrainer:
             seed = derive_seed(self.config.seed, self.stage.name, "step", self.done, lane.lane)
             generators.append(torch.Generator(self.device).manual_seed(seed))
             batches.append(lane.batch.to(self.device, non_blocking=True))
-        torch.manual_seed(generators[0].initial_seed())  # for dropout, where a component has it
         skip = self.settings.on_nonfinite == "skip"
         losses = run_step(self.through, self.optimizer, batches, generators, counts, skip)
         self.done += 1
         plans = [lane.plan for lane in step.lanes]
         self.loader, self.plans[self.done] = self.loader.after(plans), plans
         self.elapsed = time.monotonic() - self.clock
-        self.readback.add(self.done, self.elapsed, rate, counts, losses)
+        self.readback.add(StepTimes(self.done, self.elapsed, waited, rate), counts, losses)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.settings.precision != "bfloat16":
@@ -239,11 +251,13 @@ class StageTrainer:
                 self._write_line(progress)
 
     def _write_line(self, progress: StageProgress) -> None:
-        line = interval_line(self.stage.name, self.interval, self.line_elapsed)
+        line = interval_line(self.stage.name, self.interval, self.line_elapsed, peak_memory(self.device))
         if self.processes.main:
             self.metrics.append(line)
+            for observer in self.observers:
+                observer.line(line)
         progress.show(line["step"], describe_line(line))
-        self.line_elapsed = self.interval[-1].elapsed
+        self.line_elapsed = self.interval[-1].times.elapsed
         self.interval = []
 
     def _check(self, record: StepRecord) -> None:
@@ -269,7 +283,8 @@ class StageTrainer:
         """Stores the batches of `plans`, made once more, and raises."""
         batches = [self.batches.load(plan).batch for plan in plans]
         path = self.folder / f"bad_batch_step_{record.step:06d}.pt"
-        documents = store_batches(path, where, {**record_to_json(record), "stage": self.stage.name}, batches)
+        about = {**record_to_json(record), "stage": self.stage.name, "step": record.step}
+        documents = store_batches(path, where, about, batches)
         raise NonFiniteLossError(
             f"{where}. Its {documents} are stored in {path}. Look at them, or lower "
             f"learning_rate ({self.stage.learning_rate:g}), and train into a new folder"
@@ -320,3 +335,13 @@ class StageTrainer:
             say(self.console, f"\nstopped after step {self.done} of {self.stage.name}, {where}")
         say(self.console, "rerun the same command to resume")
         raise TrainingInterrupted
+
+
+def _timed(steps: Iterator[_Step]) -> Iterator[tuple[_Step, float]]:
+    """Each step with the seconds for which it was waited."""
+    while True:
+        began = time.monotonic()
+        step = next(steps, None)
+        if step is None:
+            return
+        yield step, time.monotonic() - began

@@ -72,6 +72,10 @@ class Pass:
         """
         return lane_loss(self.model, batch, counts, self.stage, generator, self.autocast)
 
+    def whole(self) -> AbstractContextManager:
+        """Inside, the model has all its weights in this process and can be run by anybody, without gradients."""
+        return nullcontext()
+
     def sum(self, losses: Tensor) -> Tensor:
         """Adds up device tensors over all processes."""
         return losses
@@ -134,6 +138,7 @@ def run_step(
     sums = torch.zeros(3, device=batches[0].input_ids.device)
     reached = False
     for i, (batch, generator) in enumerate(zip(batches, generators, strict=True)):
+        torch.manual_seed(generator.initial_seed())  # for dropout, where a component has it
         total, parts = through.run(batch, counts, generator, last=i + 1 == len(batches))
         if total.requires_grad:
             reached = True

@@ -2,7 +2,7 @@
 
 from dreamllm.workloads.documents import DOCUMENT_KINDS, PROMPT_KINDS, SyntheticDocuments
 from dreamllm.workloads.sizes import SIZES, make_model, make_processor, model_config, model_size
-from dreamllm.workloads.stages import STAGES, Stage, batches, stage, stage_config
+from dreamllm.workloads.stages import STAGES, Stage, parts, stage, stage_config
 
 __all__ = [
     "DOCUMENT_KINDS",
@@ -11,11 +11,11 @@ __all__ = [
     "STAGES",
     "Stage",
     "SyntheticDocuments",
-    "batches",
     "make_model",
     "make_processor",
     "model_config",
     "model_size",
+    "parts",
     "stage",
     "stage_config",
 ]

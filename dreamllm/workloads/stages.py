@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from dreamllm.data import Batches, LoaderSettings, Mixture, Part, derive_seed
-from dreamllm.model import DreamLLMProcessor
+from dreamllm.data import Part, derive_seed
 from dreamllm.training import StageConfig
 from dreamllm.training.configuration import StageKind
 from dreamllm.workloads.documents import SyntheticDocuments
@@ -105,15 +104,3 @@ def stage_config(
         ),
         micro_batches=micro_batches,
     )
-
-
-def batches(config: StageConfig, processor: DreamLLMProcessor, seed: int = 0) -> Batches:
-    """The batches of `config`, by number, as a training run draws them."""
-    if config.documents_per_step is None:
-        raise ValueError(f"stage {config.name} has batches of tokens, which have no number")
-    settings = LoaderSettings(
-        config.documents_per_step // config.micro_batches,
-        with_null=config.condition_dropout > 0,
-        flip_targets=config.flip_targets,
-    )
-    return Batches(Mixture(config.data, derive_seed(seed, config.name, "data")), processor, settings)

@@ -233,11 +233,11 @@ def test_what_a_run_records_is_what_the_report_reads(tmp_path, monkeypatch, caps
     module = SimpleNamespace(cases=lambda device, size: [case], boundary=lambda device: {"x + x": 1.25})
     (tmp_path / "results").mkdir()
     monkeypatch.setattr("benchmarks.running.ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.running.chosen", lambda names: {"double": module})
+    monkeypatch.setattr("benchmarks.running.chosen", lambda names, exactly: {"double": module})
     monkeypatch.setattr("benchmarks.timing.matmul_gflops", lambda device: {"float32": 12.34})
     threads = torch.get_num_threads()
     arguments = {"names": [], "device": "cpu", "size": "small", "caches": "warm", "threads": threads, "seconds": 0.01}
-    assert run(argparse.Namespace(**arguments, rounds=9, compile=True, only=None, record="tiny")) == 0
+    assert run(argparse.Namespace(**arguments, rounds=9, compile=True, only=None, exactly=False, record="tiny")) == 0
     record = load_record(tmp_path / "results" / "tiny.json")
     (read,) = record.cases
     assert (read.name, read.flops, read.bytes_moved) == ("double float32 [1000], warm caches", 1000, 8000)
@@ -278,7 +278,7 @@ def test_history_is_the_geometric_mean_over_shared_cases_of_committed_versions(t
     more = later | {"cases": [*later["cases"], *make_record(seed=2, operators=("rotary",))["cases"]]}
     other = scaled(first, 3.0) | {"threads": 1}
     for number, record in enumerate((first, other, more)):
-        path = written(tmp_path, record)
+        path = written(tmp_path, record | {"commit": f"measured{number}"})
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-q", "-m", f"record {number}")
     versions = committed_versions(path)
@@ -290,6 +290,7 @@ def test_history_is_the_geometric_mean_over_shared_cases_of_committed_versions(t
     ]
     mean = math.sqrt(ratios[0] * ratios[1])
     assert [ratio for _, _, ratio in trend.points] == pytest.approx([mean, 2 * mean])
+    assert [commit for commit, _, _ in trend.points] == ["measured0", "measured2"]
     html = as_html([make_section(path)])
     assert 'class="trends"' in html
     assert all(any(commit in cell for cell in Page(html).cells) for commit, _, _ in trend.points)

@@ -60,6 +60,8 @@ def test_families():
     assert list(chosen(["operators"])) == OPERATORS
     assert set(chosen(["models"])) == {"dreamllm", "llama_training_step", "diffusion_unet", "sampling"}
     assert set(chosen(["language", "geglu"])) > {"rms_norm", "swiglu", "geglu"}
+    assert set(chosen(["attention"])) == {"attention", "decode_attention"}
+    assert set(chosen(["attention"], exactly=True)) == {"attention"}
     with pytest.raises(ValueError, match=r"'poetry' has no benchmark \(families: attention"):
         chosen(["poetry"])
 
@@ -77,7 +79,7 @@ def test_a_benchmark_without_its_library_is_a_row(tmp_path, monkeypatch):
 
 def options(**changes):
     values = {"names": [], "device": "cpu", "size": None, "caches": "warm", "seconds": 0.01, "rounds": 5}
-    values |= {"threads": torch.get_num_threads(), "compile": True, "record": None, "only": None}
+    values |= {"threads": torch.get_num_threads(), "compile": True, "record": None, "only": None, "exactly": False}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -106,7 +108,7 @@ def elsewhere(device, size):
 
 
 def recorded(tmp_path, monkeypatch, modules, **changes):
-    monkeypatch.setattr(running, "chosen", lambda names: modules)
+    monkeypatch.setattr(running, "chosen", lambda names, exactly: modules)
     monkeypatch.setattr("benchmarks.timing.matmul_gflops", lambda device: {})
     code = run(options(record=str(tmp_path / "r"), **changes))
     return code, json.loads((tmp_path / "r.json").read_text())

@@ -228,7 +228,7 @@ def test_instructions_without_instruction_or_answer_are_left_out(tmp_path, chang
     path = write_jsonl(tmp_path / "tasks.jsonl", [task(**change), task()])
     reader = Instructions(path, PLAIN)
     assert reason_of(reader) == "malformed"
-    assert reader.document(1).text().startswith("How do I bake?") or "How do I bake?" in reader.document(1).text()
+    assert "How do I bake?" in reader.document(1).text()
 
 
 @pytest.fixture

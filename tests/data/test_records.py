@@ -101,3 +101,12 @@ def test_a_file_that_changes_or_vanishes_after_opening_is_told(tmp_path):
     with pytest.raises(BadSampleError, match="has disappeared") as gone:
         records.record(0)
     assert changed.value.reason == gone.value.reason == "changed_file"
+
+
+def test_much_json_says_so(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("1\n" * 50)
+    monkeypatch.setattr(module, "LOUD_BYTES", 99)
+    with pytest.warns(
+        UserWarning, match=r"of JSON in 1 files .*a\.jsonl.* are read through at every start; .*data build"
+    ):
+        JsonRecords([tmp_path / "a.jsonl"])

@@ -179,6 +179,15 @@ def test_the_folder_of_the_index_can_be_chosen(tmp_path, monkeypatch):
     assert len(make_reader("pair_tars", data, index_folder=str(tmp_path / "indices"))) == 8
 
 
+def test_forked_processes_share_an_index_that_was_read(tmp_path):
+    data = write_tars(tmp_path)
+    main(["data", "index", str(data)])
+    source = make_reader("pair_tars", data).source
+    expected = [source.pair(i) for i in range(8)]
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map(source.pair, list(range(8)) * 20, chunksize=1) == expected * 20
+
+
 def _index(data: str) -> None:
     main(["data", "index", data])
 

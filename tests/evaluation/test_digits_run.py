@@ -83,9 +83,7 @@ def test_a_run_goes_on_where_it_was_ended(run, tmp_path, monkeypatch):
 def test_options_that_have_no_meaning_are_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["evaluate", "digits", "--model", str(tmp_path), "--data", str(tmp_path), "--limit", "3"])
-    assert "digits brings its own data and way of asking, in one process; leave --data, --limit away" in (
-        capsys.readouterr().err
-    )
+    assert "evaluated in its own way, by one process; leave --data, --limit away" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "digits"])
     assert "needs --model" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from dreamllm.evaluation import run as run_module
 from dreamllm.evaluation.answering import SEED
 from dreamllm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from dreamllm.evaluation.drawing import Networks, cropped_square
-from dreamllm.evaluation.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from dreamllm.evaluation.metrics import FeatureStatistics, feature_statistics, frechet_distance, kernel_distance
 from dreamllm.evaluation.records import Shard
 from dreamllm.evaluation.run import RunOptions, run_benchmark
 from dreamllm.training import ConfigurationChangedError
@@ -284,6 +284,13 @@ def test_figures_of_runs_beside_it_stand_in_our_row(run):
     assert ours.count("<td") == 8
 
 
+def test_a_limited_run_says_so_in_our_row(run):
+    _, out = run("textvqa", limit=3)
+    page = (out / "report.html").read_text()
+    assert "100.00 (3)" in page.partition('class="ours"')[2].partition("</tr>")[0]
+    assert "In brackets: the number of samples" in page
+
+
 def test_a_score_that_was_not_run_is_never_a_number(run):
     results, out = run("vqav2")
     assert results["figures"] == [
@@ -368,7 +375,13 @@ def test_documents_are_compared_with_their_own_pictures(tmp_path, model, monkeyp
 
     options = RunOptions(model, data, tmp_path / "out", batch_size=3)
     results = run_benchmark(find_benchmark("interleaved-fid"), options, answerer=lambda _: Copies())
-    assert results["figures"] == [{"name": "FID", "value": pytest.approx(0, abs=1e-9)}]
+    fid, kid = results["figures"]
+    assert fid == {"name": "FID", "value": pytest.approx(0, abs=1e-9)}
+    features = small_features(
+        drawing_module.inception_pixels([cropped_square(picture(i), 256) for i in range(4)], "bilinear")
+    )
+    expected = 1000 * kernel_distance(features, features, subset_size=4).mean
+    assert kid == {"name": "KID x 1000, subsets of 4", "value": pytest.approx(expected)}
 
 
 def test_short_sides_are_resized_and_centres_cropped():

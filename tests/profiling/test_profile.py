@@ -21,12 +21,13 @@ from dreamllm.profiling.profile import _typical
 from dreamllm.profiling.recorder import Operator, Recorder
 from dreamllm.profiling.report import show
 from dreamllm.profiling.workload import PreparedStep, Recording
-from dreamllm.workloads import batches, make_model, make_processor, stage_config
+from dreamllm.training import stage_batches
+from dreamllm.workloads import make_model, make_processor, stage_config
 
 
 def ready(workload: str, size: str = "tiny", precision: str = "float32", documents: int = 5, fake: bool = False):
     config = stage_config(workload, size, documents_per_step=documents)
-    batch = batches(config, make_processor(size))[0].batch
+    batch = stage_batches(config, make_processor(size))[0].batch
     return prepare(size, config, precision, fake=fake), batch, batch.cu_seqlens.diff().tolist()
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from dreamllm.profiling import HostSynchronisations, prepare
-from dreamllm.workloads import STAGES, batches, make_processor, stage_config
+from dreamllm.training import stage_batches
+from dreamllm.workloads import STAGES, make_processor, stage_config
 
 
 def ready(workload: str, precision: str = "float32", documents: int = 6):
     config = stage_config(workload, "tiny", documents_per_step=documents)
-    return prepare("tiny", config, precision), batches(config, make_processor("tiny"))[0].batch
+    return prepare("tiny", config, precision), stage_batches(config, make_processor("tiny"))[0].batch
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

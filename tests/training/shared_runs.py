@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 
 from dreamllm.data import Pairs, Part, Reader, open_pairs
+from dreamllm.model import DreamLLM
+from dreamllm.monitoring import LogSettings, SampleSettings, watching
 from dreamllm.training import RunConfig, StageConfig, run
 from tests.training.runs import SETTINGS, Hooked
 
@@ -39,6 +42,12 @@ def config(root: Path, out: Path, hook: Hook | None = None, tokens: int | None =
 
 def train(root: Path, out: Path, settings: dict[str, Any], tokens: int | None = None) -> None:
     run(config(root, out, tokens=tokens, **settings), Console(width=200))
+
+
+def watched(root: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Samples are taken from the model on the way."""
+    samples = SampleSettings(every=3, draw=["a picture"], chat=["hello"], max_new_tokens=3)
+    run(config(root, out, **settings), Console(width=200), watching(out, samples, LogSettings(), {}))
 
 
 def _rank() -> int:
@@ -81,3 +90,38 @@ def without_room(root: Path, out: Path, settings: dict[str, Any], rank: int, doc
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 
     run(config(root, out, hook, **settings), Console(width=200))
+
+
+def killed_while_saving(root: Path, out: Path, settings: dict[str, Any], rank: int, save: int) -> None:
+    """One process is killed while it writes its part of the `save`-th checkpoint."""
+    write, count = dcp.FileSystemWriter.write_data, 0
+
+    def write_and_die(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == save and _rank() == rank:
+            (Path(self.path) / f"__{rank}_0.distcp").write_bytes(b"begun")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, *args)
+
+    dcp.FileSystemWriter.write_data = write_and_die  # type: ignore[method-assign]
+    train(root, out, settings)
+
+
+def poisoned(root: Path, out: Path, settings: dict[str, Any], rank: int, passes: tuple[int, ...]) -> None:
+    """In one process, the language loss of these forward passes, counted from 1, is not a number."""
+    forward, count = DreamLLM.forward_packed, 0
+
+    def forward_packed(self: DreamLLM, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        output = forward(self, *args, **options)
+        count += 1
+        if count in passes and _rank() == rank:
+            output.lm_loss = output.lm_loss * float("nan")
+        return output
+
+    DreamLLM.forward_packed = forward_packed  # type: ignore[method-assign]
+    try:
+        train(root, out, settings)
+    finally:
+        DreamLLM.forward_packed = forward  # type: ignore[method-assign]

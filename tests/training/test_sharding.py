@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dreamllm.training import RunSettings
+from dreamllm.monitoring import read_samples
+from dreamllm.training import RunSettings, load_stored_batch
 from dreamllm.training.distributed import Processes
 from dreamllm.training.sharding import make_mesh
 from tests.training import shared_runs
 from tests.training.ranks import run_in, start
 from tests.training.runs import metrics, weights
+
+REPOSITORY = Path(__file__).parents[2]
 
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms: sums over lanes and shards are taken in other orders, in float32."""
@@ -75,6 +83,17 @@ def test_packs_of_a_number_of_tokens_are_the_same_in_all_processes(root, tmp_pat
     assert_same_curve(tmp_path / "out", tmp_path / "alone")
 
 
+def test_samples_of_a_sharded_model_are_those_of_a_whole_one_and_change_nothing(root, alone, tmp_path):
+    shared_runs.watched(root, tmp_path / "whole", {})
+    run_in(2, shared_runs.watched, root, tmp_path / "out", {"sharding": "full"}, logs=tmp_path / "logs")
+    assert_same_curve(tmp_path / "out", alone)
+    found, expected = read_samples(tmp_path / "out"), read_samples(tmp_path / "whole")
+    assert len(found) == len(expected) == 12
+    for sample, other in zip(found, expected, strict=True):
+        assert (sample.stage, sample.step, sample.text) == (other.stage, other.step, other.text)
+        assert len(sample.pictures) == len(other.pictures)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [pytest.param(2, 4, marks=pytest.mark.slow), (4, 1), pytest.param(1, 2, marks=pytest.mark.slow)],
@@ -121,6 +140,87 @@ def test_a_full_disk_in_one_process_leaves_the_old_checkpoint_and_is_said_once(r
     again = run_in(2, shared_runs.train, root, out, settings, logs=tmp_path / "again")
     assert "resuming after step 2" in again[0].text
     assert_same_curve(out, alone)
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint(root, alone, tmp_path):
+    out, settings = tmp_path / "out", {"sharding": "full"}
+    ended = start(2, shared_runs.killed_while_saving, root, out, settings, 1, 2, logs=tmp_path / "killed")()
+    assert [end.code for end in ended] == [1, -signal.SIGKILL]
+    assert (out / "one/checkpoints/step-000004.partial").is_dir()
+    again = run_in(2, shared_runs.train, root, out, settings, logs=tmp_path / "again")
+    assert "ignoring the half-written checkpoint" in again[0].text
+    assert "resuming after step 2" in again[0].text
+    assert_same_curve(out, alone)
+
+
+def test_all_processes_skip_a_step_that_is_not_finite_in_one(root, tmp_path):
+    lanes = shared_runs.LANES
+    # The last lane of the second step, whichever process runs it.
+    shared_runs.poisoned(root, tmp_path / "alone", {"on_nonfinite": "skip"}, 0, (2 * lanes,))
+    settings = {"on_nonfinite": "skip", "sharding": "full"}
+    run_in(2, shared_runs.poisoned, root, tmp_path / "out", settings, 1, (lanes,), logs=tmp_path / "logs")
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "out")[:4]] == [0, 1, 0, 0]
+    assert_same_curve(tmp_path / "out", tmp_path / "alone")
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_the_lanes_of_all_stored(root, tmp_path):
+    out = tmp_path / "out"
+    ended = start(2, shared_runs.poisoned, root, out, {"sharding": "full"}, 1, (3,), logs=tmp_path / "logs")()
+    assert [end.code for end in ended] == [1, 1]
+    assert "NonFiniteLossError: stage one, step 2: the loss is not finite (language nan" in ended[0].text
+    assert "Error" not in ended[1].text
+    about, batches = load_stored_batch(out / "one/bad_batch_step_000002.pt")
+    assert about["step"] == 2
+    assert len(batches) == shared_runs.LANES
+
+
+ELASTIC = """
+import sys
+from pathlib import Path
+from tests.training.shared_runs import killed_once
+killed_once(Path(sys.argv[1]), Path(sys.argv[2]), {"sharding": "full"}, 21)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed(root, alone, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(ELASTIC)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    ended = subprocess.run(
+        [*torchrun, str(script), str(root), str(tmp_path / "out")],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming after step 2" in ended.stdout
+    assert_same_curve(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_at_twenty_random_moments_ends_with_the_same_bits(root, tmp_path):
+    settings = {"sharding": "full", "checkpoint_every": 1}
+    before = time.monotonic()
+    run_in(2, shared_runs.train, root, tmp_path / "reference", settings, logs=tmp_path / "logs")
+    seconds = time.monotonic() - before
+    chance = random.Random(7)
+    killed = 0
+    while killed < 20:
+        out = tmp_path / f"out{killed}"
+        for attempt in range(50):
+            wait = start(2, shared_runs.train, root, out, settings, logs=tmp_path / f"logs{killed}-{attempt}")
+            victim = chance.choice(wait.processes)
+            victim.join(chance.uniform(0.2, 1.0) * seconds)
+            if victim.exitcode is None:
+                os.kill(victim.pid, signal.SIGKILL)
+                killed += 1
+            if all(end.code == 0 for end in wait()):
+                break
+        else:
+            raise AssertionError("the run did not end in 50 attempts")
+        assert metrics(out) == metrics(tmp_path / "reference")
+        for folder in ("one/model", "two/model", "model"):
+            ours, theirs = weights(out / folder), weights(tmp_path / "reference" / folder)
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_processes_that_cannot_share_the_lanes_are_refused(root, tmp_path):

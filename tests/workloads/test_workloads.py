@@ -10,6 +10,7 @@ import torch
 
 from dreamllm.data import Mixture, derive_seed, prepare
 from dreamllm.model import DreamLLMProcessor
+from dreamllm.training import stage_batches
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import (
     DOCUMENT_KINDS,
@@ -17,7 +18,6 @@ from dreamllm.workloads import (
     SIZES,
     STAGES,
     SyntheticDocuments,
-    batches,
     make_model,
     make_processor,
     model_config,
@@ -97,7 +97,7 @@ def test_prompts_have_the_lengths_of_the_papers():
 def test_every_stage_trains_on_its_documents(name):
     processor, model = make_processor("tiny"), make_model("tiny")
     config = stage_config(name, "tiny", documents_per_step=6)
-    batch = batches(config, processor)[0].batch
+    batch = stage_batches(config, processor)[0].batch
     optimizer = make_optimizer(prepare_model(model, config), config)
     losses = train_step(model, optimizer, [batch], config, torch.Generator().manual_seed(0), contextlib.nullcontext())
     assert losses.isfinite().all()

@@ -188,6 +188,15 @@ class DigitsBenchmark(Benchmark):
 
 
 @dataclass(frozen=True)
+class LanguageBenchmark(Benchmark):
+    """Text alone, by lm-eval: its `task`, the `key` of its score, and how many examples stand before a question."""
+
+    task: str = field(kw_only=True)
+    key: str = field(kw_only=True)
+    shots: int = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True)
 class PictureSample:
     """One picture to draw. `prompt`: what it is drawn after; `captions`: what candidates are compared with by CLIP."""
 

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dreamllm.evaluation.benchmarks.base import AnswerBenchmark, Decoding, Figure, Prompting, Record, Sample, Scores
 from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_folder, read_json, value
-from dreamllm.evaluation.metrics import bleu, cider_d, rouge_l, tokenised
+from dreamllm.evaluation.metrics import (
+    CaptionScores,
+    MetricUnavailableError,
+    bleu,
+    cider_d,
+    meteor,
+    rouge_l,
+    spice,
+    tokenised,
+)
 
 KARPATHY, LAVIS = "dataset_coco.json", "coco_karpathy_test.json"
 NOCAPS = "nocaps_val_4500_captions.json"
 PARAGRAPHS, TEST_IDS = "paragraphs_v1.json", "test_split.json"
+CaptionMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], CaptionScores]
 # The pair form, greedy: what the model was trained on, nothing added.
 _PLAIN = Prompting(decoding=Decoding(max_new_tokens=40), template=None, form="pair")
 
 
 def score_captions(records: Sequence[Record]) -> Scores:
-    """CIDEr-D, BLEU-4 to 1 and ROUGE-L on our PTB tokens; a sample's own score is its CIDEr-D, 10 counting as 1."""
-    candidates = tokenised([record["prediction"] for record in records])
-    references = [tokenised(record["references"]) for record in records]
+    """CIDEr-D, BLEU-4 to 1, ROUGE-L on our PTB tokens, METEOR and SPICE where their programs are installed.
+
+    A sample's own score is its CIDEr-D, 10 counting as 1.
+    """
+    candidates, references = _tokens(records)
     cider = cider_d(candidates, references)
     blues = bleu(candidates, references)
     figures = [Figure(cider.corpus, "CIDEr")]
     figures += [Figure(blues[n].corpus, f"BLEU-{n + 1}") for n in (3, 2, 1, 0)]
     figures.append(Figure(rouge_l(candidates, references).corpus, "ROUGE-L"))
+    figures += [_where_installed("METEOR", meteor, records), _where_installed("SPICE", spice, records)]
     return Scores(tuple(figures), tuple(min(score / 10, 1.0) for score in cider.each))
+
+
+def _where_installed(name: str, metric: CaptionMetric, records: Sequence[Record]) -> Figure:
+    try:
+        return Figure(metric(*_tokens(records)).corpus, name)
+    except MetricUnavailableError as error:
+        return Figure(None, name, str(error))
 
 
 def score_nocaps(records: Sequence[Record]) -> Scores:
@@ -36,8 +56,12 @@ def score_nocaps(records: Sequence[Record]) -> Scores:
     for domain in ("in-domain", "near-domain", "out-domain"):
         part = [record for record in records if record["details"].get("domain") == domain]
         if part:
-            domains.append(Figure(score_captions(part).figures[0].value, f"CIDEr, {domain}"))
+            domains.append(Figure(cider_d(*_tokens(part)).corpus, f"CIDEr, {domain}"))
     return Scores((scores.figures[0], *domains, *scores.figures[1:]), scores.each)
+
+
+def _tokens(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    return tokenised([record["prediction"] for record in records]), [tokenised(r["references"]) for r in records]
 
 
 def load_coco(folder: Path) -> list[Sample]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from dreamllm.evaluation.benchmarks import captions, creation, mmbench, mmvet, pope, vqa
+from dreamllm.evaluation.benchmarks import captions, creation, language, mmbench, mmvet, pope, vqa
 from dreamllm.evaluation.benchmarks.base import Benchmark, DigitsBenchmark
 
-DIGITS = DigitsBenchmark("digits", "Scanned digits", "accuracy", "297 scans never seen", ())
+DIGITS = DigitsBenchmark("digits", "Scanned digits", "accuracy", "unseen scans and drawn digits", ())
 FAMILIES: tuple[tuple[Benchmark, ...], ...] = (
     captions.BENCHMARKS,
     vqa.BENCHMARKS,
@@ -15,6 +15,7 @@ FAMILIES: tuple[tuple[Benchmark, ...], ...] = (
     mmbench.BENCHMARKS,
     mmvet.BENCHMARKS,
     creation.BENCHMARKS,
+    language.BENCHMARKS,
     (DIGITS,),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for family in FAMILIES for benchmark in family}

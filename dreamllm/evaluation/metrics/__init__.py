@@ -13,6 +13,7 @@ from dreamllm.evaluation.metrics.frechet import (
     kernel_distance,
 )
 from dreamllm.evaluation.metrics.inception import FidInception, inception_pixels, load_inception
+from dreamllm.evaluation.metrics.java import MetricUnavailableError, meteor, spice
 from dreamllm.evaluation.metrics.ptb import ptb_tokens
 from dreamllm.evaluation.metrics.vqa import normalise_answer, vqa_accuracy
 from dreamllm.evaluation.metrics.yes_no import YesNoScores, read_yes_no, yes_no_scores
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureStatistics",
     "FidInception",
     "KernelDistance",
+    "MetricUnavailableError",
     "StatisticsSum",
     "YesNoScores",
     "anls",
@@ -39,10 +41,12 @@ __all__ = [
     "load_inception",
     "match_numbered",
     "match_option",
+    "meteor",
     "normalise_answer",
     "ptb_tokens",
     "read_yes_no",
     "rouge_l",
+    "spice",
     "tokenised",
     "vqa_accuracy",
     "yes_no_scores",

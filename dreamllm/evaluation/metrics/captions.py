@@ -62,7 +62,7 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> C
     length penalty compares numbers of bigrams. Raises `ValueError` for another number of candidates than of pictures
     and for a picture without references.
     """
-    _check(candidates, references)
+    check_captions(candidates, references)
     counted = [[_ngrams(reference.split()) for reference in group] for group in references]
     frequency = Counter(chain.from_iterable(set(chain.from_iterable(group)) for group in counted))
     log_pictures = math.log(len(references)) if references else 0.0
@@ -106,7 +106,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tupl
 
     Raises as `cider_d`.
     """
-    _check(candidates, references)
+    check_captions(candidates, references)
     pooled = _BleuCounts([0] * N, [0] * N, 0, 0)
     each = []
     for candidate, group in zip(candidates, references, strict=True):
@@ -158,7 +158,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> C
 
     Raises as `cider_d`.
     """
-    _check(candidates, references)
+    check_captions(candidates, references)
     return _mean([_rouge(c, group) for c, group in zip(candidates, references, strict=True)])
 
 
@@ -192,7 +192,8 @@ def _ngrams(words: Sequence[str]) -> Counter[Ngram]:
     return Counter(tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1))
 
 
-def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def check_captions(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Raises `ValueError` unless there is one candidate and at least one reference for each picture."""
     if len(candidates) != len(references):
         raise ValueError(f"{len(candidates)} candidates were given for {len(references)} pictures")
     empty = next((i for i, group in enumerate(references) if not group), None)

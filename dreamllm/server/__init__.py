@@ -1,0 +1,34 @@
+"""An HTTP server with OpenAI's interface: chats of text and pictures, and pictures alone.
+
+`dreamllm serve` runs it. The application itself is `dreamllm.server.app.create_app` (needs the extra `serve`).
+"""
+
+from dreamllm.server.backend import (
+    Backend,
+    Failed,
+    Finished,
+    Handle,
+    Load,
+    PictureDrawn,
+    Started,
+    TextPiece,
+    Usage,
+    Work,
+)
+from dreamllm.server.batches import BatchBackend
+from dreamllm.server.limits import Limits
+
+__all__ = [
+    "Backend",
+    "BatchBackend",
+    "Failed",
+    "Finished",
+    "Handle",
+    "Limits",
+    "Load",
+    "PictureDrawn",
+    "Started",
+    "TextPiece",
+    "Usage",
+    "Work",
+]

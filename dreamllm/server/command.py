@@ -1,0 +1,71 @@
+"""`dreamllm serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dreamllm.inference import drawing_defaults, load
+from dreamllm.server.batches import BatchBackend
+from dreamllm.server.keys import ApiKeys
+from dreamllm.server.limits import Limits
+
+
+def serve(
+    model: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "cpu",
+    dtype: str = "float32",
+    name: str | None = None,
+    api_keys: Path | None = None,
+    max_batch: int = 8,
+    max_queue: int = 64,
+    allow_urls: bool = False,
+    log_prompts: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> None:
+    """Serves a model over HTTP with OpenAI's interface.
+
+    Chats of text and pictures (/v1/chat/completions), pictures (/v1/images/generations), /v1/models, /health and
+    /metrics. SIGTERM finishes what runs and refuses what is new.
+
+    Args:
+        model: a model folder.
+        host: address to listen on; 0.0.0.0 for every network of this machine.
+        port: port to listen on; 0 takes a free one, which the log names.
+        device: cpu, cuda, cuda:1, ...
+        dtype: of the weights: float32, bfloat16 or float16.
+        name: what clients call the model; default: the name of its folder.
+        api_keys: a file with one key per line; everything but /health needs one. Default: nothing needs a key.
+        max_batch: requests that are answered together.
+        max_queue: requests that may wait beside those; one more is answered 429.
+        allow_urls: fetch pictures that requests name by http(s) addresses, from public hosts only.
+        log_prompts: write the texts of requests into the log.
+        limits: what a request may cost.
+
+    Raises `ImportError` without the extra `serve`, `OSError` for an address that cannot be listened on, and what
+    `dreamllm.inference.load` raises.
+    """
+    try:
+        from dreamllm.server.fetching import Fetcher
+        from dreamllm.server.running import listen, run
+        from dreamllm.server.service import Served, Service
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "dreamllm":
+            raise
+        raise ImportError(
+            f"the package {error.name} is not installed; dreamllm serve needs the extra: "
+            "pip install --no-build-isolation '.[serve]'"
+        ) from None
+    keys = None if api_keys is None else ApiKeys.read(api_keys)
+    engine = load(model, device, dtype, max_batch).engine
+    served = Served(
+        name or Path(model).resolve().name,
+        engine.processor.template,
+        drawing_defaults(engine.model),
+        engine.processor.settings.target_size,
+    )
+    with listen(host, port) as listening:
+        fetcher = Fetcher(limits) if allow_urls else None
+        service = Service(BatchBackend(engine, max_batch), served, limits, max_queue, fetcher, log_prompts)
+        run(service, keys, listening)

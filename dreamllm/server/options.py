@@ -1,0 +1,84 @@
+"""A request's fields -> the options of its answer, within the limits."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from dreamllm.inference import DrawingOptions, GenerationOptions
+from dreamllm.server.errors import ApiError, bad_request
+from dreamllm.server.limits import Limits
+from dreamllm.server.schemas import ChatDrawing, ChatRequest, Drawing
+from dreamllm.server.service import Served
+
+DEFAULT_NEW_TOKENS = 512
+LEAST_TEMPERATURE = 1e-4
+"""Below it the most likely token is taken: logits over less overflow."""
+LEAST_TOP_P = 1e-6
+"""The most likely token alone reaches it in any vocabulary; less would be 0 in single precision."""
+
+
+def chat_options(request: ChatRequest, served: Served, limits: Limits) -> GenerationOptions:
+    """Raises `ApiError` for values that exclude each other and those beyond the limits."""
+    drawing = request.drawing or ChatDrawing()
+    temperature = request.temperature or 0.0
+    if temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
+    pictures = request.pictures or "allow"
+    most_pictures = limits.max_pictures_out if request.max_pictures is None else request.max_pictures
+    if most_pictures > limits.max_pictures_out:
+        raise beyond("max_pictures", most_pictures, limits.max_pictures_out)
+    if pictures == "force" and most_pictures < 1:
+        raise bad_request("pictures 'force' needs max_pictures of at least 1", "max_pictures", "invalid_value")
+    return GenerationOptions(
+        max_new_tokens=_new_tokens(request, limits),
+        max_pictures=most_pictures,
+        pictures=pictures,
+        temperature=temperature,
+        # The most likely token is the same among fewer, so that clients may send these with temperature 0.
+        top_p=max(request.top_p or 1.0, LEAST_TOP_P) if temperature else 1.0,
+        top_k=(request.top_k or 0) if temperature else 0,
+        seed=any_seed(request.seed),
+        drawing=drawing_options(drawing, drawing.size, served, limits),
+    )
+
+
+def _new_tokens(request: ChatRequest, limits: Limits) -> int:
+    given = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(given) > 1:
+        raise bad_request("max_tokens and max_completion_tokens differ; give one", "max_tokens", "invalid_value")
+    tokens = given.pop() if given else None
+    if tokens is None:
+        return min(DEFAULT_NEW_TOKENS, limits.max_new_tokens)
+    if tokens > limits.max_new_tokens:
+        raise beyond("max_tokens", tokens, limits.max_new_tokens)
+    return tokens
+
+
+def drawing_options(given: Drawing, size: int | None, served: Served, limits: Limits) -> DrawingOptions:
+    """The model's own options with what a request gives. Raises `ApiError` beyond the limits."""
+    values = {name: getattr(given, name) for name in Drawing.model_fields if getattr(given, name) is not None}
+    if values.get("scheduler", "ddim") != "ddim":
+        values["eta"] = 0.0  # which is the recommendation for another scheduler
+    if given.steps is not None and given.steps > limits.max_steps:
+        raise beyond("steps", given.steps, limits.max_steps)
+    if size is not None and size > limits.max_size:
+        raise beyond("size", size, limits.max_size)
+    return replace(served.drawing, **values, size=served.drawing.size if size is None else size)
+
+
+def any_seed(given: int | None) -> int:
+    """The request's seed, or a random one that the reply names."""
+    return secrets.randbits(31) if given is None else given
+
+
+def check_model(name: str, served: Served) -> None:
+    """Raises `ApiError` 404 for the name of another model."""
+    if name != served.name:
+        message = f"the model {name[:100]!r} does not exist; this server has {served.name!r}"
+        raise ApiError(404, message, "model_not_found", "model")
+
+
+def beyond(param: str, value: int, limit: int) -> ApiError:
+    """The refusal of a value that the server's limits exclude."""
+    return bad_request(f"{param} {value} is beyond the limit of this server, {limit}", param, "limit_exceeded")
