@@ -7,6 +7,7 @@ quantised projections and hooks on them keep working. What differs from transfor
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,22 @@ from dreamkernels.nn import RMSNorm
 from dreamkernels.ops import rotary, swiglu
 
 norm_forward = RMSNorm.forward
+
+
+@dataclass(frozen=True)
+class RowsWanted:
+    """The only positions, int64 [N], whose states the layer `last_layer` needs to return: [1, N, hidden].
+
+    A decoder takes it as `rows_wanted` where its last layer and that layer's attention run the forwards of this module
+    (`transformers.takes_rows`). The other positions give that layer their keys and values; their part of its output
+    projection and MLP is not computed.
+    """
+
+    rows: Tensor
+    last_layer: int
+
+    def of(self, states: Tensor, layer: int) -> Tensor:
+        return states[:, self.rows] if layer == self.last_layer else states
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -58,6 +75,7 @@ def attention_forward(
     *,
     arguments: Callable[[Any], dict[str, Any]],
     eager: Callable[..., tuple[Tensor, Tensor | None]],
+    rows_wanted: RowsWanted | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotates queries and keys in one operator. The attention itself stays what the configuration names.
@@ -83,7 +101,10 @@ def attention_forward(
         **arguments(self),
         **kwargs,
     )
-    return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+    output = output.reshape(*shape, -1)
+    if rows_wanted is not None:
+        output = rows_wanted.of(output, self.layer_idx)
+    return self.o_proj(output.contiguous()), weights
 
 
 def store_keys_and_values(
@@ -133,6 +154,8 @@ def decoder_layer_forward(
         position_embeddings=position_embeddings,
         **kwargs,
     )
+    if (rows_wanted := kwargs.get("rows_wanted")) is not None:
+        residual = rows_wanted.of(residual, attention.layer_idx)
     hidden_states, residual = add_and_norm(self.post_attention_layernorm, hidden_states, residual)
     return residual + self.mlp(hidden_states)
 

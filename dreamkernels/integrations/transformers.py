@@ -31,7 +31,9 @@ from dreamkernels.integrations.causal_lm import causal_lm_forward, fused_loss_ob
 from dreamkernels.integrations.report import Report, patched_by_us
 from dreamkernels.ops.operator import FLOAT_DTYPES
 
-__all__ = ["Report", "optimize"]
+__all__ = ["Report", "RowsWanted", "optimize", "takes_rows"]
+
+RowsWanted = llama_layout.RowsWanted
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,12 @@ def optimize(
         known = ", ".join(f"{family.prefix}Model" for family in FAMILIES.values())
         report.left[""] = f"{type(model).__name__} contains no {known}"
     return report
+
+
+def takes_rows(decoder: nn.Module) -> bool:
+    """Whether a decoder takes the argument `rows_wanted`, a `RowsWanted`, and returns the states of these rows only."""
+    last: Any = decoder.layers[-1]  # type: ignore[index, union-attr]
+    return patched_by_us(last) and patched_by_us(last.self_attn)
 
 
 def recognise(module: nn.Module) -> tuple[str, type] | None:

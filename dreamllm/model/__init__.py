@@ -3,6 +3,7 @@
 from dreamllm.model.assemble import AssembleOptions, assemble
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.diffusion import DiffusionDraws
+from dreamllm.model.memory import RECOMPUTE, Recompute
 from dreamllm.model.modeling import PARAMETER_GROUPS, DreamLLM, DreamLLMOutput
 from dreamllm.model.original import convert_from_original, convert_to_original, load_original, save_original
 from dreamllm.model.processor import DreamLLMProcessor, ProcessorSettings
@@ -10,6 +11,7 @@ from dreamllm.model.weights import CheckpointError
 
 __all__ = [
     "PARAMETER_GROUPS",
+    "RECOMPUTE",
     "AssembleOptions",
     "CheckpointError",
     "DiffusionDraws",
@@ -18,6 +20,7 @@ __all__ = [
     "DreamLLMOutput",
     "DreamLLMProcessor",
     "ProcessorSettings",
+    "Recompute",
     "assemble",
     "convert_from_original",
     "convert_to_original",

@@ -36,6 +36,8 @@ def why_not_split(model: DreamLLM, batch: PackedBatch) -> str:
         return f"the attention is {model.language_model.config._attn_implementation}, not {ATTENTION_NAME}"
     if not batch.query_spans:
         return "the batch has no dream queries"
+    if all(start == first for start, first, _ in batch.query_spans):
+        return "nothing stands before the dream queries"
     apart = set() if model.config.tie_word_embeddings else {id(p) for p in model.get_output_embeddings().parameters()}
     if any(p.requires_grad and id(p) not in apart for p in model.language_model.parameters()):
         return "parameters of the language model are trained"
@@ -110,27 +112,18 @@ def _to_device(arrays: list[np.ndarray], device: torch.device, dtype: Any = np.i
     return list(together.to(device, non_blocking=True).split([array.size for array in arrays]))
 
 
-def dependent_states(model: DreamLLM, batch: PackedBatch, split: CreationSplit) -> Tensor:
-    """Final states [R, H] of the positions from the first to the last query of their document."""
+def dependent_states(model: DreamLLM, batch: PackedBatch, split: CreationSplit, rows: Tensor | None = None) -> Tensor:
+    """Final states [R, H] of the positions from the first to the last query of their document, or those of `rows`."""
     features = None if batch.pixel_values is None else model.encode_images(batch.pixel_values)
     last_layer = model.config.text_config.num_hidden_layers - 1
     prefix = ConstantPrefix(split.prefix_rows, split.rows, split.lengths, last_layer)
-    if split.constant.positions.numel():
-        with torch.no_grad():
-            _run(model, batch, split.constant, split.constant, features, prefix)
-        prefix.complete = True
-        return _run(model, batch, split.dependent, split.both, features, prefix)
-    return _run(model, batch, split.dependent, split.both, features, None)
 
+    def run(queries: Positions, keys: Positions, rows: Tensor | None = None) -> Tensor:
+        at = queries.positions
+        embeds = model.embed(batch.input_ids[at], batch.splice_index[at], features)
+        return model.decode_packed(embeds, batch.position_ids[at], queries, keys, rows, constant_prefix=prefix)
 
-def _run(
-    model: DreamLLM,
-    batch: PackedBatch,
-    queries: Positions,
-    keys: Packing,
-    features: Tensor | None,
-    prefix: ConstantPrefix | None,
-) -> Tensor:
-    at = queries.positions
-    embeds = model.embed(batch.input_ids[at], batch.splice_index[at], features)
-    return model.decode_packed(embeds, batch.position_ids[at], queries, keys, constant_prefix=prefix)
+    with torch.no_grad():
+        run(split.constant, split.constant)
+    prefix.complete = True
+    return run(split.dependent, split.both, rows)

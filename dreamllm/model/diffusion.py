@@ -141,10 +141,10 @@ def diffusion_loss(
 
 
 def mean_in_parts(loss_of: Callable[[slice, Tensor], Tensor], condition: Tensor, size: int) -> Tensor:
-    """`loss_of(all pictures, condition)`, a mean over pictures, computed from `size` pictures at a time.
+    """`loss_of(all pictures, condition)`, a mean over pictures, computed from at most `size` pictures at a time.
 
-    condition [M, ...]. Each part gets its gradient at once, with nothing but the condition, so that the activations of
-    no more than `size` pictures are ever held.
+    condition [M, ...]. Each part gets its gradient at once, with respect to nothing but the condition, and its
+    activations are gone before the next part begins and before the backward pass of what made the condition.
     """
     return _InParts.apply(condition, loss_of, size)
 
@@ -157,13 +157,15 @@ class _InParts(torch.autograd.Function):
         wanted, count = ctx.needs_input_grad[0], condition.shape[0]
         gradients: list[Tensor] = []
         total = torch.zeros((), device=condition.device)
-        for start in range(0, count, size):
-            pictures = slice(start, start + size)
+        bounds = [part * count // -(-count // size) for part in range(-(-count // size) + 1)]  # nearly equal parts
+        for start, end in itertools.pairwise(bounds):
+            pictures = slice(start, end)
             part = condition[pictures].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                loss = loss_of(pictures, part) * (part.shape[0] / count)
+                loss = loss_of(pictures, part) * ((end - start) / count)
             if wanted:
-                gradients += torch.autograd.grad(loss, part)
+                with torch.autocast(condition.device.type, enabled=False):  # as in any backward pass
+                    gradients += torch.autograd.grad(loss, part)
             total += loss.detach()
         ctx.save_for_backward(*([torch.cat(gradients)] if wanted else []))
         return total

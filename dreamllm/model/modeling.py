@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from dreamkernels import DreamCondition
 from dreamkernels.integrations.diffusers import DiffusersReport
 from dreamkernels.integrations.diffusers import optimize as optimize_diffusion
-from dreamkernels.integrations.transformers import Report, optimize
+from dreamkernels.integrations.transformers import Report, RowsWanted, optimize, takes_rows
 from dreamkernels.integrations.transformers_attention import no_mask
 from dreamkernels.ops import linear_cross_entropy, splice_embeddings
 from dreamllm.documents.batch import PackedBatch
@@ -32,6 +32,8 @@ from dreamllm.model.codec import build_codec, encode_moments, encode_pictures, s
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.creation import CreationSplit, Packing, dependent_states, why_not_split
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
+from dreamllm.model.memory import Recompute
+from dreamllm.model.memory import recompute_layers as recompute_layers_of
 from dreamllm.model.projector import Projector
 from dreamllm.model.slots import find_slots
 from dreamllm.model.weights import CheckpointError
@@ -110,6 +112,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.unet.requires_grad_(False)  # both are frozen in every stage of the training
         self.vae.requires_grad_(False)
         self.pictures_per_pass: int | None = None
+        self.recompute_layers: Recompute = "none"
         self.operators: Report | None = None
         self.diffusion_operators: DiffusersReport | None = None
         self.use_fused_operators()
@@ -134,21 +137,20 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                     report.undo()
             self.operators = self.diffusion_operators = None
 
-    def use_less_memory(self, recompute_layers: bool = True, pictures_per_pass: int | None = 4) -> None:
+    def use_less_memory(self, recompute_layers: Recompute = "auto", pictures_per_pass: int | None = None) -> None:
         """Trades time for memory in training, without changing what is computed beyond rounding.
 
-        `recompute_layers`: the decoder's layers keep only their input and are computed again for the gradient.
-        `pictures_per_pass`: VAE and UNet take so many pictures at a time; None: all of a batch. See `mean_in_parts`.
-        Raises `ValueError` for fewer than one picture.
+        `recompute_layers`: what the decoder's layers compute again for the gradient. "none"; "full": everything, a
+        layer keeps its input only; "selective": everything but the attention; "auto": "selective" where layers are
+        trained now, otherwise "none".
+        `pictures_per_pass`: VAE and UNet take at most so many pictures at a time; None: all of a batch. Either way a
+        frozen UNet's backward pass follows its forward pass at once, see `mean_in_parts`.
+        Raises `ValueError` for an unknown choice and for fewer than one picture.
         """
         if pictures_per_pass is not None and pictures_per_pass < 1:
             raise ValueError(f"pictures_per_pass must be at least 1 (or None), not {pictures_per_pass}")
         self.pictures_per_pass = pictures_per_pass
-        new_name = hasattr(self.language_model, "activation_checkpointing_enable")  # of late versions of transformers
-        switch = (
-            f"{'activation' if new_name else 'gradient'}_checkpointing_{'enable' if recompute_layers else 'disable'}"
-        )
-        getattr(self.language_model, switch)()
+        self.recompute_layers = recompute_layers_of(self, recompute_layers)
 
     @property
     def packs_attention(self) -> bool:
@@ -248,22 +250,33 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
 
     # -- packed: training and conditions ------------------------------------------------------------
 
-    def states_packed(self, batch: PackedBatch) -> Tensor:
-        """Final states [T, H] of a packed batch; sequences do not see each other."""
+    def states_packed(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+        """Final states [T, H] of a packed batch, or those of the positions `rows`; sequences do not see each other."""
         features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
         embeds_TH = self.embed(batch.input_ids, batch.splice_index, features)
         if self.packs_attention:
-            return self.decode_packed(embeds_TH, batch.position_ids, batch, batch)
+            return self.decode_packed(embeds_TH, batch.position_ids, batch, batch, rows)
         # Causality keeps the grid's padding out.
         layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
-        states = self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False)
-        return layout.scatter(states.last_hidden_state)
+        states = layout.scatter(self.decoder(inputs_embeds=layout.gather(embeds_TH), use_cache=False).last_hidden_state)
+        return states if rows is None else states[rows]
 
     def decode_packed(
-        self, embeds_TH: Tensor, position_ids: Tensor, queries: Packing, keys: Packing, **options: Any
+        self,
+        embeds_TH: Tensor,
+        position_ids: Tensor,
+        queries: Packing,
+        keys: Packing,
+        rows: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Final states [T, H] of packed embeddings. `queries` and `keys` are the lengths of the sequences themselves
-        and of what they attend to; `options` go to the attention."""
+        """Final states of packed embeddings: of all, [T, H], or of `rows`, whose last layer then computes no others.
+
+        `queries` and `keys` are the lengths of the sequences and of what they attend to; `options` go to the attention.
+        """
+        left_out = rows is not None and takes_rows(self.decoder)
+        if left_out:
+            options["rows_wanted"] = RowsWanted(rows, self.config.text_config.num_hidden_layers - 1)
         states = self.decoder(
             inputs_embeds=embeds_TH[None],
             attention_mask=no_mask(embeds_TH),
@@ -274,8 +287,8 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             max_length_q=queries.max_seqlen,
             max_length_k=keys.max_seqlen,
             **options,
-        )
-        return states.last_hidden_state[0]
+        ).last_hidden_state[0]
+        return states if rows is None or left_out else states[rows]
 
     def why_not_split(self, batch: PackedBatch) -> str:
         """Why `forward_packed` runs the whole of `batch` with autograd, or "".
@@ -299,20 +312,18 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         (scaled, [M, C, h, w]; default: those of the batch, if it has any) replace them. Raises `ValueError` when the
         dream slots do not match the target pictures.
         """
-        if self.why_not_split(batch):
-            states, dream, null = self.states_packed(batch), batch.dream_positions, batch.null_positions
-        else:
-            split = CreationSplit.of(batch)
-            states, dream = dependent_states(self, batch, split), split.row_of[batch.dream_positions]
-            null = None if batch.null_positions is None else split.row_of[batch.null_positions]
+        dream, null = batch.dream_positions, batch.null_positions
+        read = [batch.loss_positions if self.config.loss_weight_lm else batch.loss_positions[:0], dream.flatten()]
+        read += [] if null is None else [null]
+        states = self._states_at(batch, torch.cat(read)).split([positions.numel() for positions in read])
         lm_loss = vm_loss = None
         if self.config.loss_weight_lm:
-            lm_loss = self._lm_loss(states[batch.loss_positions], batch.loss_targets)
+            lm_loss = self._lm_loss(states[0], batch.loss_targets)
         count = dream.shape[0]
         if count:
-            null_QH = None if null is None else states[null]
             latents = self._packed_latents(batch, target_latents, generator)
-            vm_loss = self._vm_loss(states[dream], latents, null_QH, generator, draws)
+            null_QH = None if null is None else states[2]
+            vm_loss = self._vm_loss(states[1].unflatten(0, dream.shape), latents, null_QH, generator, draws)
         return DreamLLMOutput(
             loss=self._total_loss(lm_loss, vm_loss),
             lm_loss=lm_loss,
@@ -321,9 +332,17 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             num_pictures=count,
         )
 
+    def _states_at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """Final states [N, H] at `positions`, with no more autograd than necessary."""
+        if self.why_not_split(batch):
+            return self.states_packed(batch, positions)
+        split = CreationSplit.of(batch)
+        return dependent_states(self, batch, split, split.row_of[positions])
+
     def dream_states_packed(self, batch: PackedBatch) -> Tensor:
         """States at the dream queries of a packed batch, [M, Q, H], before the condition projector."""
-        return self.states_packed(batch)[batch.dream_positions]
+        positions = batch.dream_positions
+        return self.states_packed(batch, positions.flatten()).unflatten(0, positions.shape)
 
     # -- losses ------------------------------------------------------------
 
@@ -386,11 +405,11 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
                 self.config, self.schedule, self.unet, latents[pictures], prepared, draws.of(pictures)
             )
 
-        if self.pictures_per_pass is None or self.pictures_per_pass >= condition_MQC.shape[0]:
-            return loss_of(slice(None), condition_MQC)
         if any(parameter.requires_grad for parameter in self.unet.parameters()):
-            raise ValueError("pictures_per_pass needs a UNet that is not trained; set it to None")
-        return mean_in_parts(loss_of, condition_MQC, self.pictures_per_pass)
+            if self.pictures_per_pass is not None:
+                raise ValueError("pictures_per_pass needs a UNet that is not trained; set it to None")
+            return loss_of(slice(None), condition_MQC)
+        return mean_in_parts(loss_of, condition_MQC, self.pictures_per_pass or condition_MQC.shape[0])
 
     def prepare_condition(self, condition_MQC: Tensor) -> Tensor | DreamCondition:
         """What the UNet takes as condition: with the fused operators, keys and values of all its layers at once."""

@@ -187,7 +187,9 @@ def assumptions(plan: Plan) -> list[str]:
             f"{device.memory_gb_per_s:.4g} GB/s, of which are reached: {limits}"
         )
         lines += [f"{name}: {source}" for name, source in device.sources.items() if name.startswith("efficiency")]
-    lines.append("reading and decoding of data is taken to keep up; nothing is recomputed in the backward pass")
+    lines.append(
+        "reading and decoding of data is taken to keep up; layers that are trained are computed again but for attention"
+    )
     return lines
 
 

@@ -116,6 +116,9 @@ class PartTracker:
         self._move(part, "backward")
 
     def _after_backward(self) -> None:
+        if self._inside:  # the UNet's, within the forward pass of the whole
+            self._move(self._inside[-1], "forward")
+            return
         self._forget()
         self._move("optimiser", "update")
 

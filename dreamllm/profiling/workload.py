@@ -28,8 +28,9 @@ Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
 class Recording:
     """One training step, operator by operator.
 
-    `held_bytes`: what lives before and after the step, by kind. `peak_bytes`: the most that lives during it beyond
-    that, and `at_peak` what it consists of, by (part, phase) that made it. `peak_of`: the most of each part alone.
+    `held_bytes`: what lives before and after the step, by kind; the gradients are made anew in it. `peak_bytes`: the
+    most that lives during it beyond that, and `at_peak` what it consists of, by (part, phase) that made it. `peak_of`:
+    the most of each part alone.
     """
 
     operators: list[Operator]
@@ -97,6 +98,7 @@ def prepare(
         if not fake:
             model = model.to(device)
         optimizer = make_optimizer(prepare_model(model, config), config)
+        model.use_less_memory()  # as a run does by default
         optimizer.step()  # on zero gradients: makes the moments, changes nothing
     return PreparedStep(model, optimizer, config, precision, mode)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dreamllm.data import Part
-from dreamllm.model import PARAMETER_GROUPS
+from dreamllm.model import PARAMETER_GROUPS, RECOMPUTE, Recompute
 
 StageKind = Literal["stage1_comprehension", "stage1_creation", "stage1", "stage2", "stage3"]
 Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
@@ -168,9 +168,10 @@ class RunSettings:
             traffic, but no process holds a whole gradient.
         compile_layers: the decoder's layers run through torch.compile, each by itself.
         fused_operators: the language model runs dreamkernels' operators; False: transformers' own code.
-        recompute_layers: the decoder's layers keep only their input and are computed again for the gradient.
-        pictures_per_pass: pictures that go through VAE and UNet together; None: all of a batch. These two change
-            memory and time, and the result by rounding.
+        recompute_layers: what the decoder's layers compute again for the gradient: "none", "selective" (everything but
+            the attention), "full", or "auto": "selective" where the language model is trained, otherwise "none".
+        pictures_per_pass: the most pictures that go through VAE and UNet together; None: all of a batch. These two
+            change memory and time, and the result by rounding. See `DreamLLM.use_less_memory`.
         num_threads: CPU threads of torch; None leaves torch's choice.
         workers: processes that prepare batches; 0 prepares them in the training process.
         checkpoint_every: steps between checkpoints.
@@ -195,7 +196,7 @@ class RunSettings:
     reduce_each_lane: bool = False
     compile_layers: bool = False
     fused_operators: bool = True
-    recompute_layers: bool = False
+    recompute_layers: Recompute = "auto"
     pictures_per_pass: int | None = None
     num_threads: int | None = None
     workers: int = 0
@@ -212,6 +213,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         choices = {"precision": get_args(Precision), "device": ("auto", "cpu", "cuda"), "sharding": get_args(Sharding)}
+        choices["recompute_layers"] = RECOMPUTE
         choices["on_nonfinite"] = ("stop", "skip")
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -20,8 +20,7 @@ _FROZEN_ALWAYS = ("vision_model", "unet", "vae")
 def prepare_model(model: DreamLLM, stage: StageConfig) -> list[nn.Parameter]:
     """Sets what trains, the modes of the parts and the loss options of `stage`; returns the trained parameters.
 
-    Their gradients exist from the start, as zeros: a parameter that a batch does not reach then gets the same update
-    in a resumed run as in one that was never interrupted.
+    Their gradients exist from the start, as zeros, so that an optimiser can make its state.
     """
     model.set_trainable(stage.groups)
     model.train()
@@ -58,7 +57,7 @@ class Pass:
     """
 
     keeps_gradients = True
-    """Whether gradients stay allocated between steps, so that a parameter that no lane reaches has one of zero."""
+    """Whether gradients stay whole until the next step, and a parameter that no lane reaches has one of zero."""
 
     def __init__(self, model: DreamLLM, stage: StageConfig, autocast: AbstractContextManager | None = None) -> None:
         self.model, self.stage, self.autocast = model, stage, autocast or nullcontext()
@@ -128,13 +127,16 @@ def run_step(
 ) -> Tensor:
     """Forward and backward over the lanes of this process, clip, update. Returns float32 [4] on the device.
 
+    The gradients of the step before make room for its activations. A parameter that no batch reaches has a gradient of
+    zero: it then gets the same update in a resumed run as in one that was never interrupted.
+
     The four are the language loss and the diffusion loss (unweighted; means over all tokens and all pictures of the
     step, in all processes), the total, and the gradient norm before clipping. `generators` draw the diffusion's random
     numbers, one per lane. `counts`: of all lanes of all processes. `skip_nonfinite`: a step of which one of the four is
     not finite changes neither parameters nor moments; the device decides. Raises `ValueError` when nothing in the
     batches reaches a trained parameter.
     """
-    optimizer.zero_grad(set_to_none=not through.keeps_gradients)
+    optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=batches[0].input_ids.device)
     reached = False
     for i, (batch, generator) in enumerate(zip(batches, generators, strict=True)):
@@ -146,7 +148,11 @@ def run_step(
         sums += parts
     if not reached:
         raise ValueError(unreached(through.stage, [name for batch in batches for name in batch.names]))
-    grad_norm = clip([p for group in optimizer.param_groups for p in group["params"]], through.stage.max_grad_norm)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters if through.keeps_gradients else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grad_norm = clip(parameters, through.stage.max_grad_norm)
     losses = torch.cat([through.sum(sums), grad_norm[None].to(sums)])
     if skip_nonfinite:
         optimizer.found_inf = (~losses.isfinite().all()).float()  # type: ignore[attr-defined]  # as GradScaler does

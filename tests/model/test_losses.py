@@ -1,11 +1,13 @@
 """Every loss option against an independent formula: diffusers' schedulers and plain arithmetic in float64."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamllm.documents import pair
 from dreamllm.model import PARAMETER_GROUPS, DiffusionDraws
@@ -288,8 +290,9 @@ def test_a_unet_that_is_trained_gets_its_gradients(tmp_path):
     assert all(p.grad is not None for p in model.unet.parameters())
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 5])
-def test_less_memory_gives_the_same_loss_and_gradients(tmp_path, pictures):
+@pytest.mark.parametrize("pictures", [1, 2, 5, None])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_less_memory_gives_the_same_loss_and_gradients(tmp_path, recompute, pictures):
     model, processor = tiny_model(tmp_path, vae=True, noise_offset=0.1, input_perturbation=0.1)
     documents = [pair(random_picture(i), "the license " * (i + 1), "creation") for i in range(5)]
     batch = processor.pack([processor.encode(document) for document in documents])
@@ -307,13 +310,75 @@ def test_less_memory_gives_the_same_loss_and_gradients(tmp_path, pictures):
 
     expected = run()
     assert counted == [5]
-    model.use_less_memory(pictures_per_pass=pictures)
+    model.use_less_memory(recompute, pictures)
     for mine, theirs in zip(run(), expected, strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
-    assert counted == [5] if pictures == 5 else max(counted) == pictures
+    assert max(counted) == (pictures or 5)
     assert sum(counted) == 5
     with torch.no_grad():
         torch.testing.assert_close(model.forward_packed(batch, torch.Generator().manual_seed(3)).loss, expected[0])
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "attentions", "norms"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)], ids=lambda value: str(value)
+)
+def test_what_is_computed_again(tmp_path, mode, attentions, norms):
+    """Operators of the decoder in one step, in passes over its layers."""
+    model, processor = tiny_model(tmp_path)
+    batch = processor.pack([processor.encode(pair(random_picture(0), "the license", "comprehension"))])
+    model.train()
+    model.set_trainable({"language_model"})
+    model.use_less_memory(mode)
+    with torch.no_grad(), Calls() as vision:
+        model.encode_images(batch.pixel_values)
+    with Calls() as step:
+        model.forward_packed(batch).loss.backward()
+    layers = model.config.text_config.num_hidden_layers
+    assert step.names["dreamkernels::attention"] - vision.names["dreamkernels::attention"] == attentions * layers
+    assert step.names["dreamkernels::add_rms_norm"] == norms * layers
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"), [({"language_model"}, "selective"), ({"dream_queries", "lm_head", "embeddings"}, "none")]
+)
+def test_auto_recomputes_where_layers_are_trained(tmp_path, trained, expected):
+    model, _ = tiny_model(tmp_path)
+    model.set_trainable(trained)
+    model.use_less_memory()
+    assert model.recompute_layers == expected
+    assert all(layer.gradient_checkpointing == (expected != "none") for layer in model.decoder.layers)
+
+
+def test_the_unets_activations_are_gone_before_the_backward_pass(tmp_path):
+    """Its gradient is taken when its loss is: the backward pass runs no operator of the UNet."""
+    model, processor = tiny_model(tmp_path)
+    batch = processor.pack([processor.encode(pair(random_picture(i), "the license", "creation")) for i in range(2)])
+    model.set_trainable({"dream_queries", "condition_projector"})
+    with Calls() as forward:
+        loss = model.forward_packed(batch).loss
+    with Calls() as backward:
+        loss.backward()
+    name = "dreamkernels::group_norm_silu_backward"
+    assert forward.names[name] > 0
+    assert backward.names[name] == 0
+
+
+def test_an_unknown_choice_of_what_to_recompute_is_an_error(tmp_path):
+    model, _ = tiny_model(tmp_path)
+    with pytest.raises(ValueError, match="recompute_layers must be one of auto, none, selective, full, not 'some'"):
+        model.use_less_memory("some")
 
 
 def test_pictures_per_pass_refuses_a_trained_unet(tmp_path):

@@ -57,7 +57,7 @@ def assert_same_curve(out: Path, reference: Path) -> None:
     [
         (2, {"sharding": "full"}),
         (2, {"sharding": "none"}),
-        (4, {"sharding": "hybrid", "shard_size": 2, "recompute_layers": True}),
+        (4, {"sharding": "hybrid", "shard_size": 2, "recompute_layers": "full"}),
         pytest.param(1, {"sharding": "full"}, marks=pytest.mark.slow),
         pytest.param(1, {"sharding": "grad_op"}, marks=pytest.mark.slow),
         pytest.param(2, {"sharding": "grad_op"}, marks=pytest.mark.slow),
