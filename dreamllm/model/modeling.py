@@ -274,9 +274,9 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
 
         `queries` and `keys` are the lengths of the sequences and of what they attend to; `options` go to the attention.
         """
-        left_out = rows is not None and takes_rows(self.decoder)
-        if left_out:
-            options["rows_wanted"] = RowsWanted(rows, self.config.text_config.num_hidden_layers - 1)
+        last_layer = self.config.text_config.num_hidden_layers - 1
+        if rows is not None and takes_rows(self.decoder):
+            options["rows_wanted"] = RowsWanted(rows, last_layer)
         states = self.decoder(
             inputs_embeds=embeds_TH[None],
             attention_mask=no_mask(embeds_TH),
@@ -288,7 +288,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
             max_length_k=keys.max_seqlen,
             **options,
         ).last_hidden_state[0]
-        return states if rows is None or left_out else states[rows]
+        return states if rows is None or "rows_wanted" in options else states[rows]
 
     def why_not_split(self, batch: PackedBatch) -> str:
         """Why `forward_packed` runs the whole of `batch` with autograd, or "".

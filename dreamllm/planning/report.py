@@ -187,9 +187,8 @@ def assumptions(plan: Plan) -> list[str]:
             f"{device.memory_gb_per_s:.4g} GB/s, of which are reached: {limits}"
         )
         lines += [f"{name}: {source}" for name, source in device.sources.items() if name.startswith("efficiency")]
-    lines.append(
-        "reading and decoding of data is taken to keep up; layers that are trained are computed again but for attention"
-    )
+    lines.append("reading and decoding of data is taken to keep up")
+    lines.append("layers that are trained are computed again for the gradient, all but their attention")
     return lines
 
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.harness import Case, check_contenders, measure
 from benchmarks.models.inference import inference_workloads
-from benchmarks.models.workloads import COMPILED, OURS, PATTERN, SAVING, workloads
+from benchmarks.models.workloads import COMPILED, KEEPING, OURS, PATTERN, workloads
 
 WORKLOADS = workloads("tiny", compiled=False)
 INFERENCE = inference_workloads("tiny", steps=4)
@@ -16,7 +16,7 @@ INFERENCE = inference_workloads("tiny", steps=4)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_contenders_agree(name):
     case = WORKLOADS[name]()
-    assert list(case.contenders) == ([OURS, SAVING, PATTERN] if name == "stage2" else [OURS, PATTERN])
+    assert list(case.contenders) == ([OURS, KEEPING, PATTERN] if name == "stage2" else [OURS, PATTERN])
     assert check_contenders(case) == {}
 
 
@@ -38,7 +38,7 @@ def test_a_step_repeats_its_draws():
 def test_stage2_reports_memory_and_time_per_sample():
     result = measure(WORKLOADS["stage2"](), rounds=1)
     record = result.record()["contenders"]
-    assert set(record) == {OURS, SAVING, PATTERN}
+    assert set(record) == {OURS, KEEPING, PATTERN}
     for values in record.values():
         assert values["peak_extra_bytes"] > 0
         assert values["samples_per_second"] == pytest.approx(1 / values["seconds_per_sample"], rel=0.01)
