@@ -266,7 +266,7 @@ class _Products:
 
     def __init__(self, pack: bool, *modules: nn.Module) -> None:
         self._modules = modules
-        packed = pack and not any(why_not_frozen(m) or why_not_packed(m) or has_hooks(m) for m in modules)
+        packed = pack and not any(why_not_frozen(m) or why_not_packed(m) for m in modules)
         if packed and len({m.bias is None for m in modules}) == 1:
             self._frozen: FrozenLinear | None = FrozenLinear(*modules)  # type: ignore[arg-type]
             self._widths: list[int] = [m.out_features for m in modules]  # type: ignore[misc]
@@ -275,7 +275,7 @@ class _Products:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """One result of each layer."""
-        if self._frozen is None:
+        if self._frozen is None or any(map(has_hooks, self._modules)):
             return [module(x) for module in self._modules]
         return self._frozen(x).split(self._widths, dim=-1)
 

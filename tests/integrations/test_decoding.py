@@ -137,6 +137,9 @@ def test_hooks_on_projections_run():
     cache = decoder.new_cache()
     decoder.advance(cache, [cache.new()], [2], pieces_of(2)[0])
     assert seen == [1]
+    model.get_decoder().layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: seen.append(2))
+    decoder.advance(cache, [cache.new()], [2], pieces_of(2)[0])
+    assert seen == [1, 1, 2]
 
 
 def test_a_model_keeps_its_decoder_while_it_fits():
