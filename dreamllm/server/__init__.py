@@ -15,12 +15,12 @@ from dreamllm.server.backend import (
     Usage,
     Work,
 )
-from dreamllm.server.batches import BatchBackend
+from dreamllm.server.engine_backend import EngineBackend
 from dreamllm.server.limits import Limits
 
 __all__ = [
     "Backend",
-    "BatchBackend",
+    "EngineBackend",
     "Failed",
     "Finished",
     "Handle",

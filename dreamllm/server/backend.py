@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreamllm.documents import Document
 from dreamllm.inference import GenerationOptions
+from dreamllm.inference.options import Stopped
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class PictureDrawn:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. `reason`: as in `Answer.stopped`, or that it was cancelled."""
+    """The end of an answer. `reason`: as in `Answer.stopped`, or that it was cancelled; then there is no `document`."""
 
-    reason: Literal["end", "length", "context", "stop", "cancelled"]
+    reason: Stopped | Literal["cancelled"]
     usage: Usage = field(default_factory=Usage)
+    document: Document | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Handle(Protocol):
 class Backend(Protocol):
     """Makes answers.
 
-    Every work ends with exactly one `Finished` or `Failed`, also when it is cancelled. One that is cancelled while it
-    waits ends at once. No work's answer depends on the others.
+    Every work ends with exactly one `Finished` or `Failed`, also when it is cancelled: then before the next step of
+    those beside it. No work's answer depends on the others.
     """
 
     def submit(self, work: Work, emit: Emit) -> Handle:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from dreamllm.documents import Text
 from dreamllm.inference import GenerationOptions
-from dreamllm.server.backend import Event, Failed, Finished, Work
+from dreamllm.server.backend import Event, Failed, Finished, PictureDrawn, TextPiece, Work
 from dreamllm.server.bodies import parse_json, read_body
 from dreamllm.server.errors import ApiError, ClientGoneError, bad_request, json_response, of_failure
 from dreamllm.server.limits import Limits
@@ -23,7 +23,7 @@ from dreamllm.server.middleware import CLIENT_LEFT, Record, record_of
 from dreamllm.server.options import chat_options, check_model
 from dreamllm.server.pictures import is_address
 from dreamllm.server.prompts import Turn, chat_document, load_pictures, pictures_of, read_turns
-from dreamllm.server.replies import ChatReply, Composer, finish_reason
+from dreamllm.server.replies import FINISH_REASONS, ChatReply, Composer, content_of
 from dreamllm.server.schemas import ChatRequest, parse
 from dreamllm.server.service import Running, Served, Service
 from dreamllm.server.watching import while_connected
@@ -55,8 +55,6 @@ async def _answer(service: Service, record: Record, body: bytes) -> Response:
         record.prompt = [part.text for part in work.prompt.parts if isinstance(part, Text)]
     service.metrics.read_pictures(len(work.prompt.pictures()))
     running = service.submit(work, record.arrived)
-    stops = [chat.request.stop] if isinstance(chat.request.stop, str) else chat.request.stop or []
-    composer = Composer(stops)
     reply = ChatReply(record.id, service.served.name, work.options.seed)
     handed_over = False
     try:
@@ -66,27 +64,24 @@ async def _answer(service: Service, record: Record, body: bytes) -> Response:
                 raise of_failure(first)
             options = chat.request.stream_options
             with_usage = options is not None and bool(options.include_usage)
-            stream = ChatStream(running, first, composer, reply, record, with_usage)
+            stream = ChatStream(running, first, reply, record, with_usage)
             handed_over = True
             return stream
-        return json_response(await _whole(running, composer, reply, record))
+        return json_response(await _whole(service, running, reply, record))
     finally:
         if not handed_over:
             running.close()
 
 
-async def _whole(running: Running, composer: Composer, reply: ChatReply, record: Record) -> dict[str, Any]:
-    content = ""
+async def _whole(service: Service, running: Running, reply: ChatReply, record: Record) -> dict[str, Any]:
     while True:
         event = await running.next()
         if isinstance(event, Failed):
             raise of_failure(event)
-        content += composer.feed(event)
         if isinstance(event, Finished):
             record.usage = event.usage
-            return reply.whole(content, finish_reason(event, composer), event.usage)
-        if composer.stopped:
-            running.cancel()
+            content = await service.parsed(partial(content_of, event.document)) if event.document else ""
+            return reply.whole(content, FINISH_REASONS[event.reason], event.usage)
 
 
 class ChatStream(Response):
@@ -94,14 +89,11 @@ class ChatStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, running: Running, first: Event, composer: Composer, reply: ChatReply, record: Record, with_usage: bool
-    ) -> None:
+    def __init__(self, running: Running, first: Event, reply: ChatReply, record: Record, with_usage: bool) -> None:
         super().__init__(None, 200, {"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._running = running
         self._first = first
-        self._composer = composer
         self._reply = reply
         self._record = record
         self._with_usage = with_usage
@@ -129,19 +121,18 @@ class ChatStream(Response):
 
     async def _values(self) -> AsyncIterator[dict[str, Any]]:
         yield self._reply.chunk({"role": "assistant", "content": ""})
+        composer = Composer()
         event = self._first
         while not isinstance(event, Finished):
             if isinstance(event, Failed):
                 raise of_failure(event)
-            if content := self._composer.feed(event):
+            if isinstance(event, TextPiece) and (content := composer.text(event.text)):
                 yield self._reply.chunk({"content": content})
-            if self._composer.stopped:
-                self._running.cancel()
+            if isinstance(event, PictureDrawn):
+                yield self._reply.chunk({"content": composer.picture(event.image)})
             event = await self._running.next()
         self._record.usage = event.usage
-        if content := self._composer.feed(event):
-            yield self._reply.chunk({"content": content})
-        yield self._reply.chunk({}, finish_reason(event, self._composer))
+        yield self._reply.chunk({}, FINISH_REASONS[event.reason])
         if self._with_usage:
             yield self._reply.usage_chunk(event.usage)
 

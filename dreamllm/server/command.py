@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dreamllm.inference import drawing_defaults, load
-from dreamllm.server.batches import BatchBackend
+from dreamllm.server.engine_backend import EngineBackend
 from dreamllm.server.keys import ApiKeys
 from dreamllm.server.limits import Limits
 
@@ -67,5 +67,5 @@ def serve(
     )
     with listen(host, port) as listening:
         fetcher = Fetcher(limits) if allow_urls else None
-        service = Service(BatchBackend(engine, max_batch), served, limits, max_queue, fetcher, log_prompts)
+        service = Service(EngineBackend(engine), served, limits, max_queue, fetcher, log_prompts)
         run(service, keys, listening)

@@ -38,9 +38,14 @@ def chat_options(request: ChatRequest, served: Served, limits: Limits) -> Genera
         # The most likely token is the same among fewer, so that clients may send these with temperature 0.
         top_p=max(request.top_p or 1.0, LEAST_TOP_P) if temperature else 1.0,
         top_k=(request.top_k or 0) if temperature else 0,
+        stop=_stops(request.stop),
         seed=any_seed(request.seed),
         drawing=drawing_options(drawing, drawing.size, served, limits),
     )
+
+
+def _stops(given: str | list[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _new_tokens(request: ChatRequest, limits: Limits) -> int:

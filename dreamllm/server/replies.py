@@ -6,85 +6,51 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dreamllm.server.backend import Event, Finished, PictureDrawn, TextPiece, Usage
+from PIL import Image
+
+from dreamllm.documents import Document, Picture, Text
+from dreamllm.server.backend import Usage
 from dreamllm.server.pictures import png_base64
 from dreamllm.server.prompts import markdown_picture
 
-_REASONS = {"end": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-
-
-class StopFilter:
-    """Passes text on up to the first of the stop strings, holding back what may be the beginning of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.stopped = False
-
-    def feed(self, text: str) -> str:
-        """What can be shown now."""
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back, where no more text follows it."""
-        shown, self._held = self._held, ""
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop` without completing it."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "length"}
+"""OpenAI's names of why an answer ended."""
 
 
 class Composer:
     """The content of an answer as one text, piece by piece; pictures stand in it as Markdown with data URLs."""
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._filter = StopFilter(stops)
+    def __init__(self) -> None:
         self._pictures = 0
         self._empty = True
         self._after_picture = False
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer: what comes after it is not shown."""
-        return self._filter.stopped
-
-    def feed(self, event: Event) -> str:
-        """What an event adds to the content."""
-        if self.stopped:
-            return ""
-        if isinstance(event, TextPiece):
-            return self._text(self._filter.feed(event.text))
-        if isinstance(event, PictureDrawn):
-            before = self._text(self._filter.flush())
-            self._pictures += 1
-            gap = "" if self._empty else "\n\n"
-            self._empty, self._after_picture = False, True
-            return f"{before}{gap}{markdown_picture(self._pictures, png_base64(event.image))}"
-        if isinstance(event, Finished):
-            return self._text(self._filter.flush())
-        return ""
-
-    def _text(self, text: str) -> str:
+    def text(self, text: str) -> str:
+        """What a piece of text adds to the content."""
         if not text:
             return ""
         gap = "\n\n" if self._after_picture else ""
         self._empty, self._after_picture = False, False
         return gap + text
 
+    def picture(self, image: Image.Image) -> str:
+        """What a picture adds to the content."""
+        gap = "" if self._empty else "\n\n"
+        self._empty, self._after_picture = False, True
+        self._pictures += 1
+        return gap + markdown_picture(self._pictures, png_base64(image))
 
-def finish_reason(finished: Finished, composer: Composer) -> str:
-    return "stop" if composer.stopped else _REASONS[finished.reason]
+
+def content_of(document: Document) -> str:
+    """The content of a whole answer."""
+    composer = Composer()
+    content = ""
+    for part in document.parts:
+        if isinstance(part, Text):
+            content += composer.text(part.text)
+        elif isinstance(part, Picture) and isinstance(part.source, Image.Image):
+            content += composer.picture(part.source)
+    return content
 
 
 def chat_usage(usage: Usage) -> dict[str, Any]:

@@ -149,10 +149,6 @@ class Running:
                 return event
             self._service.metrics.began(time.monotonic() - self._arrived)
 
-    def cancel(self) -> None:
-        """Ends the work; its last event still comes."""
-        self._handle.cancel()
-
     def close(self) -> None:
         """Ends the work where it has not ended; nobody awaits its events any more."""
         self._handle.cancel()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dreamllm.inference import DrawingOptions, Engine
-from dreamllm.server import BatchBackend
+from dreamllm.server import EngineBackend
 from dreamllm.server.service import Served
 from tests.server.support import MODEL, Scripted, hello, serving
 from tests.tiny import tiny_model
@@ -24,7 +24,7 @@ def served(engine):
 @pytest.fixture(scope="module")
 def model_server(engine, served):
     """A tiny model behind a server of this process."""
-    with serving(BatchBackend(engine), served=served) as address:
+    with serving(EngineBackend(engine), served=served) as address:
         yield address
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from dreamllm.documents import chat_template
+from dreamllm.documents import Document, Picture, Text, chat_template
 from dreamllm.inference import DrawingOptions
 from dreamllm.server import Finished, Limits, Load, PictureDrawn, Started, TextPiece, Usage, Work
 from dreamllm.server.app import create_app
@@ -47,7 +47,9 @@ class Job:
         self.emit(Started())
         for piece in pieces:
             self.emit(TextPiece(piece) if isinstance(piece, str) else PictureDrawn(piece))
-        self.emit(Finished(reason, usage or Usage(3, 2, sum(not isinstance(p, str) for p in pieces))))
+        parts = [Text(p) if isinstance(p, str) else Picture(p, comprehension=True, creation=True) for p in pieces]
+        usage = usage or Usage(3, 2, sum(not isinstance(p, str) for p in pieces))
+        self.emit(Finished(reason, usage, Document(tuple(parts))))
 
 
 class Scripted:

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from dreamllm.server import BatchBackend, Limits
+from dreamllm.server import EngineBackend, Limits
 from tests.server.support import CHAT, IMAGES, PATIENCE, chat, encoded, image_part, serving, text_part
 from tests.tiny import random_picture
 
@@ -149,7 +149,7 @@ def test_each_request_is_answered_and_the_server_goes_on(engine, served, caplog,
     rng = random.Random(count)
     caplog.set_level(logging.ERROR, "dreamllm")
     statuses = {}
-    with serving(BatchBackend(engine), LIMITS, served) as address:
+    with serving(EngineBackend(engine), LIMITS, served) as address:
         for _ in range(count):
             if rng.random() < 0.05:
                 assert send_garbage(rng, address) in (None, *range(400, 432))
@@ -169,7 +169,7 @@ def test_each_request_is_answered_and_the_server_goes_on(engine, served, caplog,
 
 def test_the_requests_above_would_be_answered_were_they_not_changed(engine, served):
     rng = random.Random(1)
-    with serving(BatchBackend(engine), LIMITS, served) as address:
+    with serving(EngineBackend(engine), LIMITS, served) as address:
         for _ in range(6):
             reply = address.post(*valid(rng))
             assert reply.status == 200, reply.body

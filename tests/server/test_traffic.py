@@ -83,20 +83,6 @@ def test_a_stream_comes_piece_by_piece(backend):
             received += connection.recv(65536)
 
 
-def test_a_stop_string_ends_the_work(backend):
-    with serving(backend) as address:
-        reply = in_thread(lambda: address.post(CHAT, chat(stop=["END"])))
-        job = backend.next_job()
-        job.emit(TextPiece("one EN"))
-        job.emit(TextPiece("D two"))
-        assert job.cancelled.wait(PATIENCE)
-        job.emit(Finished("cancelled", Usage(4, 3)))
-        choice = reply().json["choices"][0]
-        assert choice["message"]["content"] == "one "
-        assert choice["finish_reason"] == "stop"
-        assert reply().json["usage"]["completion_tokens"] == 3
-
-
 @pytest.mark.parametrize(
     ("failed", "status", "code"),
     [
