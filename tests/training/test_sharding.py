@@ -213,6 +213,9 @@ def test_a_run_whose_processes_are_killed_at_twenty_random_moments_ends_with_the
             if victim.exitcode is None:
                 os.kill(victim.pid, signal.SIGKILL)
                 killed += 1
+                for other in wait.processes:  # one that waits for the victim to join, torchrun would end
+                    other.join(15)
+                    other.kill()
             if all(end.code == 0 for end in wait()):
                 break
         else:
