@@ -246,13 +246,18 @@ class Request:
         return text[: min((place for place in found if place >= 0), default=len(text))]
 
     def _tell(self, text: str, finished: bool) -> None:
-        """Tells what is new; unless the text is finished, without what may be the beginning of a stop string."""
+        """Tells what is new; unless the text is finished, without what may be the beginning of a stop string or of a
+        character, whose bytes may be tokens of their own."""
         if not finished:
+            text = text.rstrip("\ufffd")
             for stop in self.options.stop:
                 held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
                 text = text[: len(text) - held]
-        if len(text) > len(self._text_told) and text.startswith(self._text_told):
-            self.tell(NewText(text[len(self._text_told) :]))
+        # Bytes that are no text may be decoded otherwise once others follow; what was told stays told.
+        pairs = enumerate(zip(text, self._text_told, strict=False))
+        known = next((i for i, (now, then) in pairs if now != then), min(len(text), len(self._text_told)))
+        if len(text) > known and (finished or len(text) > len(self._text_told)):
+            self.tell(NewText(text[known:]))
             self._text_told = text
 
     def _close_text(self) -> None:

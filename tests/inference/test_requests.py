@@ -7,6 +7,7 @@ import torch
 
 from dreamllm.documents import Document, End, PictureError, Text, prompt
 from dreamllm.inference import DrawingOptions, Engine, GenerationOptions, NewPicture, NewText, Preview, rounds
+from dreamllm.inference.request import Request
 from tests.tiny import random_picture, tiny_model
 
 QUICK = DrawingOptions(steps=3, guidance_scale=2.0, scheduler="ddim")
@@ -384,3 +385,22 @@ def test_an_answer_that_is_not_done_says_so(engine):
         _ = request.answer
     request.cancel()
     run(engine)
+
+
+@pytest.mark.parametrize(
+    ("decodings", "told"),
+    [
+        (["a", "a\ufffd", "a\ufffd\ufffd", "aé", "aéx"], ["a", "é", "x"]),  # the bytes of one character, one by one
+        (["a\ufffdb", "a\ufffdbc"], ["a\ufffdb", "c"]),  # a byte that never becomes one
+        (["a\ufffdb", "aéb", "aébcd"], ["a\ufffdb", "ébcd"]),  # what was told turns out otherwise: nothing is lost
+        (["a", "a\ufffd"], ["a", "\ufffd"]),  # a character that stays incomplete
+    ],
+)
+def test_a_stream_waits_for_whole_characters_and_loses_nothing(decodings, told):
+    request = object.__new__(Request)
+    events = []
+    request.options, request._text_told, request._on_event = GenerationOptions(), "", events.append
+    for text in decodings:
+        request._tell(text, finished=False)
+    request._tell(decodings[-1], finished=True)
+    assert [event.text for event in events] == told
