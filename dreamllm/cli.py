@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dreamkernels.version import __version__
 from dreamllm.data.command import build, index
+from dreamllm.data.latent_command import encode_latents, packing
 from dreamllm.evaluation.command import evaluate
 from dreamllm.inference.command import chat, generate
 from dreamllm.inspection.command import inspect as inspect_data
@@ -66,6 +67,8 @@ COMMANDS: dict[str, Command | Group] = {
             "index": Command(index, ("path",)),
             "inspect": Command(inspect_data, ("path",)),
             "build": Command(build, ("kind", "source", "out")),
+            "encode-latents": Command(encode_latents, ("path",)),
+            "packing": Command(packing, ("path",)),
         },
     ),
 }

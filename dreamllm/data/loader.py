@@ -252,15 +252,6 @@ def load_steps(
             step = []
 
 
-def load_batches(
-    batches: Batches, start: int, stop: int, workers: int = 0, pin_memory: bool = False
-) -> Generator[LoadedBatch, None, None]:
-    """Batches `start` to `stop - 1` of a fixed number of documents, in order: a run of one lane. See `load_steps`."""
-    state = LoaderState({0: LaneState(start)})
-    for (loaded,) in load_steps(batches, range(1), 1, state, workers, pin_memory, stop - start):
-        yield loaded
-
-
 class _Plans(IterableDataset):
     """The plans of all lanes of `start`, step by step, up to step `stop`; an error in planning ends them as a value."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from dreamllm.documents.encode import EncodedDocument
 from dreamllm.documents.layout import IGNORE_INDEX, SequenceLayout
@@ -80,6 +82,17 @@ class PackedBatch:
     def _map(self, function) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+def empty_pixels(*shape: int) -> torch.Tensor:
+    """An uninitialised float32 tensor to write pictures into.
+
+    In a worker process of a `DataLoader` it lies in shared memory, in which it would else be copied to be handed over.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # as torch's collation
+    return torch.empty(0).set_(storage).view(shape)
 
 
 def null_sequence(layout: SequenceLayout) -> EncodedDocument:

@@ -19,6 +19,8 @@ PictureSource = Image.Image | np.ndarray | bytes | Path | str
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, where Pillow has it. Others are refused: some of Pillow's decoders start programs (EPS)."""
 
+_ORIENTATION = 0x0112  # Exif's tag
+
 MAX_PIXELS = 89_478_485
 """The largest picture that is decoded (256 MiB as RGB): a small file can declare any size."""
 
@@ -32,7 +34,7 @@ class OversizedPictureError(PictureError):
 
 
 def load_picture(source: PictureSource, name: str = "") -> Image.Image:
-    """Returns the picture as an upright RGB image; transparency is composited on white.
+    """Returns the picture as an upright RGB image; transparency is composited on white. If it is one, itself.
 
     Raises `PictureError` naming the picture when it is missing, truncated, not a picture, has no pixels, or more than
     `MAX_PIXELS`.
@@ -41,7 +43,10 @@ def load_picture(source: PictureSource, name: str = "") -> Image.Image:
     with _explained(label):
         image = _open(source, label)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if image is source:
+            return _to_rgb(ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image)
+        ImageOps.exif_transpose(image, in_place=True)  # nobody else has it: no copy
+        return _to_rgb(image)
 
 
 def picture_size(source: PictureSource, name: str = "") -> tuple[int, int]:
@@ -119,4 +124,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I"):
         values = np.asarray(image, dtype=np.float64)
         return Image.fromarray((values / max(values.max(), 255.0) * 255.0).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

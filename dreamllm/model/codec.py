@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dreamkernels.integrations.diffusers import optimize
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.weights import SAFETENSORS, CheckpointError, load_into
 
@@ -35,7 +36,10 @@ def build_codec(config: dict[str, Any]) -> Codec:
 
 
 def load_codec(folder: Path) -> Codec:
-    """The codec of a model's folder alone, in eval mode: no other weight is read. Raises `CheckpointError`."""
+    """The codec of a model's folder alone, frozen and with the fused operators, as in the model: the same results.
+
+    No other weight is read. Raises `CheckpointError`.
+    """
     codec = build_codec(DreamLLMConfig.from_pretrained(folder).vae_config)
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
@@ -45,7 +49,10 @@ def load_codec(folder: Path) -> Codec:
     if len(dtypes) == 1:
         codec.to(dtypes.pop())
     load_into(codec, tensors, str(folder))
-    return codec.eval().requires_grad_(False)
+    codec.eval().requires_grad_(False)
+    if isinstance(codec, AutoencoderKL):
+        optimize(codec, frozen=True)
+    return codec
 
 
 def _weight_files(folder: Path) -> list[Path]:

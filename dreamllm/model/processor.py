@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 import torch
 from PIL import Image
@@ -34,6 +33,7 @@ from dreamllm.documents.layout import IGNORE_INDEX, PAD_TOKEN
 from dreamllm.documents.picture import PictureSource
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.folders import resolve_folder
+from dreamllm.model.pixels import VisionPixels, target_pixels
 
 try:  # the name since the Pillow and torchvision back ends were separated; before, this was the only class
     from transformers import CLIPImageProcessorPil
@@ -93,6 +93,7 @@ class DreamLLMProcessor(ProcessorMixin):
         self.settings = settings
         self.sentencepiece_model = sentencepiece_model
         self.chat_template = None
+        self._vision = VisionPixels(image_processor)
         self._pieces = None
         if sentencepiece_model is not None:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
@@ -195,11 +196,11 @@ class DreamLLMProcessor(ProcessorMixin):
 
     def vision(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> CLIP pixel values [N, 3, h, w], float32."""
-        return self.image_processor(list(images), return_tensors="pt")["pixel_values"].float()
+        return self._vision(images)
 
     def target(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> diffusion targets [N, C, size, size] in [-1, 1]: short side resized, centre crop."""
-        return torch.from_numpy(np.stack([self._target_array(image) for image in images]))
+        return target_pixels(images, self.settings.target_size, self.settings.target_channels)
 
     def describe_target(self) -> dict[str, Any]:
         """What `target` does to a picture, as JSON values: latents that were made after another transform differ."""
@@ -210,19 +211,6 @@ class DreamLLMProcessor(ProcessorMixin):
             "crop": "centre",
             "range": "-1 to 1",
         }
-
-    def _target_array(self, image: Image.Image) -> np.ndarray:
-        size = self.settings.target_size
-        if min(image.size) != size:
-            ratio = size / min(image.size)
-            width, height = (max(size, round(side * ratio)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-        if self.settings.target_channels == 1:
-            image = image.convert("L")
-        pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     # -- files ------------------------------------------------------------
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from pathlib import Path
 
 import torch
 
-from dreamllm.data import Batches, DocumentList, LoaderSettings, LoaderState, Mixture, Part, load_steps
+from dreamllm.data import (
+    Batches,
+    DocumentList,
+    LoaderSettings,
+    LoaderState,
+    Mixture,
+    Pairs,
+    Part,
+    load_steps,
+    open_pairs,
+)
 from dreamllm.documents import Document, PackedBatch, interleaved, pair
+from dreamllm.workloads import make_processor
 from tests.data.pictures import png
 
 
@@ -56,3 +69,15 @@ def run(batches: Batches, of: int, ranks: int, start: LoaderState, steps: int, w
             state = state.after(batch.plan for batch in loaded)
         states.append(state)
     return rows, LoaderState.merge(states)
+
+
+def digest(folder: Path) -> str:
+    """A hash of all that three packs of the pairs in `folder` hold."""
+    reader = Pairs(open_pairs(folder), "both", seed=3)
+    batches = Batches(Mixture([Part(reader)], 5), make_processor("tiny"), LoaderSettings(tokens_per_batch=256))
+    hashed = hashlib.sha256()
+    for (loaded,) in load_steps(batches, range(1), 1, LoaderState.initial(1), steps=3):
+        hashed.update(repr((loaded.plan, loaded.batch.names)).encode())
+        for tensor in (loaded.batch.input_ids, loaded.batch.pixel_values, loaded.batch.target_pixel_values):
+            hashed.update(b"" if tensor is None else tensor.numpy().tobytes())
+    return hashed.hexdigest()

@@ -13,11 +13,12 @@ from dreamllm.data import (
     BadSampleError,
     Batches,
     LoaderSettings,
+    LoaderState,
     Mixture,
     Part,
     ProblemLog,
     TooManyBadSamplesError,
-    load_batches,
+    load_steps,
     make_reader,
 )
 from tests.data.pictures import png, write_tar
@@ -134,7 +135,7 @@ def damaged_shards(folder: Path, share: float, bomb: bytes, kinds: list[str]) ->
 
 
 def run(batches: Batches, log: ProblemLog, workers: int = 0) -> None:
-    for loaded in load_batches(batches, 0, SHARDS, workers):
+    for (loaded,) in load_steps(batches, range(1), 1, LoaderState.initial(1), workers, steps=SHARDS):
         log.add(loaded.batch.num_documents, loaded.problems)
 
 

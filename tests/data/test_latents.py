@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreamllm.cli import main
 from dreamllm.data import (
     Batches,
     DocumentList,
@@ -30,8 +31,8 @@ from dreamllm.data import (
 )
 from dreamllm.data.latent_files import FileHeader, LatentIndex, shard_names
 from dreamllm.documents import Document, End, Picture, Text, pair
-from dreamllm.model.codec import load_codec, vae_fingerprint
-from tests.data.pictures import png
+from dreamllm.model.codec import encode_moments, load_codec, vae_fingerprint
+from tests.data.pictures import png, write_pairs
 from tests.tiny import random_picture, tiny_model
 
 COUNT = 12
@@ -246,6 +247,9 @@ def test_a_saved_model_has_the_same_fingerprint_and_its_vae_loads_alone(model_an
     model, _ = model_and_processor
     codec = load_codec(saved)
     assert vae_fingerprint(codec) == vae_fingerprint(model.vae)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encode_moments(codec, pixels), encode_moments(model.vae, pixels))
     assert vae_fingerprint(codec.to(torch.bfloat16)) != vae_fingerprint(model.vae)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -386,3 +390,26 @@ def test_the_identity_is_readable_json(made):
     values = json.loads((made / "latents.json").read_text())
     assert values["dtype"] == values["precision"] == "float32"
     assert values["transform"]["size"] == 16
+
+
+def test_the_command_fills_a_cache_and_says_what_it_holds(saved, tmp_path, capsys):
+    data = write_pairs(tmp_path / "data", 5)
+    (data / "3.png").write_bytes(b"no picture")
+    main(["data", "encode-latents", str(data), "--model", str(saved), "--out", str(tmp_path / "cache"), "--of", "2"])
+    main(["data", "encode-latents", str(data), "--model", str(saved), "--out", str(tmp_path / "cache"), "--rank", "1",
+          "--of", "2"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "3 pictures encoded, 0 were there; 3 pictures in 1 files" in printed
+    assert "1 pictures encoded, 0 were there; 4 pictures in 2 files" in printed
+    assert "1 documents have pictures that cannot be used" in printed
+    assert "corrupt_image: 1" in printed
+
+
+def test_the_command_refuses_a_model_without_a_vae(tmp_path, capsys):
+    model, processor = tiny_model(tmp_path / "tiny")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    write_pairs(tmp_path / "data", 1)
+    with pytest.raises(SystemExit):
+        main(["data", "encode-latents", str(tmp_path / "data"), "--model", str(tmp_path / "model"), "--out", "x"])
+    assert "diffuses pixels" in capsys.readouterr().err

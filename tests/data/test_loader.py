@@ -10,13 +10,15 @@ from dreamllm.data import (
     Conversations,
     DocumentList,
     Interleaved,
+    LaneState,
     LoaderSettings,
+    LoaderState,
     Mixture,
     Pairs,
     Part,
     ProblemLog,
     TooManyBadSamplesError,
-    load_batches,
+    load_steps,
     open_pairs,
 )
 from dreamllm.data.problems import Problem
@@ -32,6 +34,13 @@ def processor(tmp_path_factory):
 
 def batches(reader, processor, count=4, seed=0, **settings) -> Batches:
     return Batches(Mixture([Part(reader)], seed), processor, LoaderSettings(count, **settings))
+
+
+def loaded(made: Batches, start: int, stop: int, workers: int = 0):
+    """Batches `start` to `stop` - 1 of a run of one lane."""
+    state = LoaderState({0: LaneState(start)})
+    for (batch,) in load_steps(made, range(1), 1, state, workers, steps=stop - start):
+        yield batch
 
 
 def assert_equal(a: PackedBatch, b: PackedBatch) -> None:
@@ -50,12 +59,12 @@ def test_workers_and_starting_point_do_not_change_a_batch(tmp_path, processor, k
             tmp_path / "a.tar", {f"{i}.{s}": d for i in range(10) for s, d in (("png", png(i)), ("txt", b"x"))}
         )
     made = batches(Pairs(open_pairs(data), "both"), processor)
-    straight = list(load_batches(made, 0, 8))
-    assert [loaded.number for loaded in straight] == list(range(8))
-    for other in (load_batches(made, 0, 8, workers=2), (made[i] for i in range(8))):
+    straight = list(loaded(made, 0, 8))
+    assert [batch.number for batch in straight] == list(range(8))
+    for other in (loaded(made, 0, 8, workers=2), (made[i] for i in range(8))):
         for a, b in zip(straight, other, strict=True):
             assert_equal(a.batch, b.batch)
-    for a, b in zip(straight[5:], load_batches(made, 5, 8, workers=1), strict=True):
+    for a, b in zip(straight[5:], loaded(made, 5, 8, workers=1), strict=True):
         assert_equal(a.batch, b.batch)
 
 
@@ -178,7 +187,7 @@ def test_loading_stops_after_too_many_unusable_samples_in_a_row(tmp_path, proces
         (data / f"{i}.png").write_bytes(b"not a picture")
     made = batches(Pairs(open_pairs(data), "both"), processor, max_consecutive_bad=6)
     with pytest.raises(TooManyBadSamplesError, match=r"(?s)^6 samples of .* in a row.*corrupt_image.*0\.png"):
-        list(load_batches(made, 0, 1, workers))
+        list(loaded(made, 0, 1, workers))
 
 
 def test_a_run_stops_when_too_large_a_share_is_unusable():

@@ -1,0 +1,70 @@
+"""Pixel values are those of transformers' image processor and of plain arithmetic, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamllm.model.pixels import VisionPixels, target_pixels
+from dreamllm.model.processor import CLIPImageProcessorPil
+
+SIZES = [(224, 224), (225, 224), (640, 480), (333, 1001), (57, 80), (1, 1), (3, 400), (500, 223), (448, 448)]
+
+
+def pictures(mode: str = "RGB") -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode) for w, h in SIZES]
+
+
+OTHERWISE = {
+    "as CLIP": {},
+    "small": {"size": {"shortest_edge": 33}, "crop_size": {"height": 32, "width": 31}},
+    "bilinear": {"resample": 2},
+    "other statistics": {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
+    "not normalised": {"do_normalize": False},
+    "not rescaled": {"do_rescale": False},
+    "crop larger than the picture": {"crop_size": {"height": 300, "width": 300}},
+    "square": {"size": {"height": 20, "width": 20}, "crop_size": {"height": 20, "width": 20}},
+}
+
+
+@pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_vision_is_the_image_processors_own(settings):
+    processor = CLIPImageProcessorPil(**settings)
+    expected = processor(pictures(), return_tensors="pt")["pixel_values"].float()
+    found = VisionPixels(processor)(pictures())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_vision_follows_a_processor_that_is_changed():
+    processor = CLIPImageProcessorPil()
+    vision = VisionPixels(processor)
+    first = vision(pictures()[:2])
+    processor.image_mean = [0.0, 0.0, 0.0]
+    assert torch.equal(vision(pictures()[:2]), processor(pictures()[:2], return_tensors="pt")["pixel_values"])
+    assert not torch.equal(vision(pictures()[:2]), first)
+
+
+def test_pictures_of_another_mode_are_left_to_the_processor():
+    processor = CLIPImageProcessorPil()
+    expected = processor(pictures("L"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(VisionPixels(processor)(pictures("L")), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 65])
+def test_targets_are_resized_cropped_and_scaled(size, channels):
+    found = target_pixels(pictures(), size, channels)
+    assert found.shape == (len(SIZES), channels, size, size)
+    for image, values in zip(pictures(), found, strict=True):
+        short = min(image.size)
+        width, height = (max(size, round(side * (size / short))) for side in image.size)
+        resized = image if short == size else image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        array = np.asarray(resized.convert("L") if channels == 1 else resized, dtype=np.float32)
+        array = array[top : top + size, left : left + size] / 127.5 - 1.0
+        expected = array[None] if channels == 1 else array.transpose(2, 0, 1)
+        assert torch.equal(values, torch.from_numpy(np.ascontiguousarray(expected)))
