@@ -174,6 +174,9 @@ class RunSettings:
             change memory and time, and the result by rounding. See `DreamLLM.use_less_memory`.
         num_threads: CPU threads of torch; None leaves torch's choice.
         workers: processes that prepare batches; 0 prepares them in the training process.
+        latents: folder of a latent cache (dreamllm data encode-latents), from which pictures to create are drawn as the
+            VAE would give them, to rounding; None: the VAE runs in every step.
+        missing_latents: what follows when the cache lacks a picture: an "error", or the VAE "encode"s it.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many checkpoints of a stage are kept while it runs.
         keep_every: checkpoints of steps that this divides are kept for good, also when the stage is complete.
@@ -200,6 +203,8 @@ class RunSettings:
     pictures_per_pass: int | None = None
     num_threads: int | None = None
     workers: int = 0
+    latents: Path | None = None
+    missing_latents: Literal["error", "encode"] = "error"
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     keep_every: int | None = None
@@ -215,6 +220,7 @@ class RunSettings:
         choices = {"precision": get_args(Precision), "device": ("auto", "cpu", "cuda"), "sharding": get_args(Sharding)}
         choices["recompute_layers"] = RECOMPUTE
         choices["on_nonfinite"] = ("stop", "skip")
+        choices["missing_latents"] = ("error", "encode")
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -276,10 +282,11 @@ class RunConfig:
         """The resolved configuration as JSON values. A model inside `out` is named relative to it."""
         model = self.model.absolute()
         inside = model.is_relative_to(self.out.absolute())
+        latents = self.settings.latents
         return {
             "model": str(model.relative_to(self.out.absolute()) if inside else model),
             "seed": self.seed,
-            "settings": asdict(self.settings),
+            "settings": asdict(self.settings) | {"latents": None if latents is None else str(latents)},
             "stages": [stage.describe() for stage in self.stages],
         }
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dreamllm.data import LatentCache
 from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.model.codec import load_codec, vae_fingerprint
 from dreamllm.training.configuration import FREE_TO_CHANGE, RunConfig, RunSettings, StageConfig
 from dreamllm.training.distributed import Processes, processes
 from dreamllm.training.errors import TrainingInterrupted
@@ -105,7 +107,14 @@ class _Run:
         if self.loaded is None:
             self.loaded = _load(self.source, self.config.settings, shards(self.config.settings, self.processes))
         trainer = StageTrainer(
-            self.config, stage, *self.loaded, self.metrics_bytes, self.console, self.processes, self.observers
+            self.config,
+            stage,
+            *self.loaded,
+            self.metrics_bytes,
+            self.console,
+            self.processes,
+            self.observers,
+            self._latents(),
         )
         result = trainer.run(interrupt)
         self._finish(stage, result, trainer.through)
@@ -113,6 +122,15 @@ class _Run:
         self.metrics_bytes = result.metrics_bytes
         if isinstance(trainer.through, ShardedModel):
             self.loaded = None
+
+    def _latents(self) -> LatentCache | None:
+        """The cache that the settings name. Raises `LatentCacheError` when it was made for another VAE or transform."""
+        settings = self.config.settings
+        if settings.latents is None:
+            return None
+        assert self.loaded is not None
+        vae = vae_fingerprint(load_codec(self.config.model))  # as stored: the loaded one may have been cast
+        return LatentCache(settings.latents, vae, self.loaded[1].describe_target(), settings.missing_latents)
 
     def _finish(self, stage: StageConfig, result: StageResult, through: Pass) -> None:
         """Writes the stage's model, then the file that says so."""

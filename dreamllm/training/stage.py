@@ -14,6 +14,7 @@ from rich.console import Console
 from dreamllm.data import (
     Batches,
     BatchPlan,
+    LatentCache,
     LoadedBatch,
     LoaderSettings,
     LoaderState,
@@ -71,7 +72,11 @@ class _Step:
 
 
 def stage_batches(
-    stage: StageConfig, processor: DreamLLMProcessor, seed: int = 0, max_consecutive_bad: int = 20
+    stage: StageConfig,
+    processor: DreamLLMProcessor,
+    seed: int = 0,
+    max_consecutive_bad: int = 20,
+    latents: LatentCache | None = None,
 ) -> Batches:
     """The batches of `stage` in a run with `seed`."""
     mixture = Mixture(stage.data, derive_seed(seed, stage.name, "data"))
@@ -85,7 +90,7 @@ def stage_batches(
         flip_targets=stage.flip_targets,
         max_consecutive_bad=max_consecutive_bad,
     )
-    return Batches(mixture, processor, loader)
+    return Batches(mixture, processor, loader, latents)
 
 
 class StageTrainer:
@@ -104,6 +109,7 @@ class StageTrainer:
         console: Console,
         processes: Processes,
         observers: Sequence[RunObserver] = (),
+        latents: LatentCache | None = None,
     ) -> None:
         self.config, self.stage, self.model, self.console = config, stage, model, console
         self.settings, self.processes = config.settings, processes
@@ -111,7 +117,7 @@ class StageTrainer:
         self.device = processes.device
         self.lanes = processes.lanes(stage.micro_batches)
         self.processor, self.observers = processor, tuple(observers)
-        self.batches = stage_batches(stage, processor, config.seed, self.settings.max_consecutive_bad)
+        self.batches = stage_batches(stage, processor, config.seed, self.settings.max_consecutive_bad, latents)
         sharded = shards(self.settings, processes)
         if not sharded:
             model.to(self.device)  # a sharded one goes there layer by layer
