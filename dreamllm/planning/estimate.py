@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from dreamllm.planning.batches import Load, pack
 from dreamllm.planning.devices import Device
 from dreamllm.planning.records import Records
 from dreamllm.planning.sharding import Layout
-from dreamllm.profiling.recorder import HELD_COPIES, Operator
+from dreamllm.profiling.recorder import GRADIENTS, HELD_COPIES, Operator
 from dreamllm.profiling.workload import Precision, PreparedStep, Recording, as_fake, prepare
 from dreamllm.workloads import stage_config
 
@@ -110,10 +110,11 @@ def operator_seconds(operator: Operator, device: Device, records: Records | None
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(recording: Recording) -> dict[str, float]:
-    """What lives at the peak beyond parameters and their states, by kind."""
+def activation_bytes(recording: Recording, sharded: bool) -> dict[str, float]:
+    """What lives at the peak beyond parameters and their moments, by kind; of a sharded run also without the
+    gradients, which `state_bytes` counts."""
     kinds: dict[str, float] = defaultdict(float)
-    for (part, phase), size in recording.at_peak.items():
+    for (part, phase), size in (recording.at_peak_besides_gradients if sharded else recording.at_peak).items():
         kinds[_kind(part, phase)] += size
     kinds["batch"] += recording.held_bytes["batch"]
     return {kind: size for kind, size in kinds.items() if size}
@@ -122,6 +123,8 @@ def activation_bytes(recording: Recording) -> dict[str, float]:
 def _kind(part: str, phase: str) -> str:
     if part == HELD_COPIES:
         return "gathered weights"
+    if part == GRADIENTS:
+        return "gradients"
     if part == "loss":
         return "logits and loss"
     if phase != "forward":
@@ -142,20 +145,35 @@ def scaled(recording: Recording, found: Load, wanted: Load) -> Recording:
         replace(op, flops=round(op.flops * factor(op.part)), bytes=round(op.bytes * factor(op.part)))
         for op in recording.operators
     ]
-    at_peak = {key: round(size * factor(key[0])) for key, size in recording.at_peak.items()}
-    # While the VAE runs, the language model's activations are alive and the UNet's are not made yet.
-    waiting = sum(size for (part, _), size in at_peak.items() if part not in ("UNet", "VAE"))
-    encoding = waiting + recording.peak_of.get("VAE", 0) * factor("VAE")
-    peak = max(sum(at_peak.values()), encoding)
-    if peak > sum(at_peak.values()):
-        at_peak["VAE", "forward"] = at_peak.get(("VAE", "forward"), 0) + round(peak - sum(at_peak.values()))
+    at_peak, besides = (
+        _with_encoding({key: round(size * factor(key[0])) for key, size in found.items()}, recording, factor)
+        for found in (recording.at_peak, recording.at_peak_besides_gradients)
+    )
     held = {**recording.held_bytes, "batch": round(recording.held_bytes["batch"] * factor("UNet"))}
-    return replace(recording, operators=operators, at_peak=at_peak, peak_bytes=round(peak), held_bytes=held)
+    return replace(
+        recording,
+        operators=operators,
+        at_peak=at_peak,
+        at_peak_besides_gradients=besides,
+        peak_bytes=sum(at_peak.values()),
+        held_bytes=held,
+    )
+
+
+def _with_encoding(
+    at_peak: dict[tuple[str, str], int], recording: Recording, factor: Callable[[str], float]
+) -> dict[tuple[str, str], int]:
+    """While the VAE runs, the language model's activations are alive and the UNet's are not made yet."""
+    waiting = sum(size for (part, _), size in at_peak.items() if part not in ("UNet", "VAE", GRADIENTS))
+    more = waiting + recording.peak_of.get("VAE", 0) * factor("VAE") - sum(at_peak.values())
+    if more <= 0:
+        return at_peak
+    return {**at_peak, ("VAE", "forward"): at_peak.get(("VAE", "forward"), 0) + round(more)}
 
 
 def memory_slopes(recording: Recording, found: Load) -> tuple[float, float]:
     """Bytes per token and bytes per created picture at the peak."""
     by_part: dict[str, float] = defaultdict(float)
-    for (part, _), size in recording.at_peak.items():
+    for (part, _), size in recording.at_peak_besides_gradients.items():
         by_part[part] += size
     return by_part["LLM"] / max(1.0, found.tokens), by_part["UNet"] / max(1.0, found.pictures)

@@ -279,10 +279,10 @@ class Planner:
         request = self.request
         if sharding == "none":
             held = recording.held_bytes
-            memory: dict[str, float] = {k: held[k] for k in ("parameters", "gradients", "optimiser", "frozen parts")}
+            memory: dict[str, float] = {k: held[k] for k in ("parameters", "optimiser", "frozen parts")}
         else:
             memory = state_bytes(layout, sharding, request.precision, request.gpus, self.device.gpus_per_node)
-        for kind, size in activation_bytes(recording).items():
+        for kind, size in activation_bytes(recording, sharding != "none").items():
             memory[kind] = memory.get(kind, 0.0) + size
         return {kind: size for kind, size in memory.items() if size}
 

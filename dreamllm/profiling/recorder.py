@@ -25,6 +25,7 @@ from dreamllm.profiling.operators import (
 from dreamllm.profiling.parts import PartTracker
 
 HELD_COPIES = "parameters in the precision that computes"
+GRADIENTS = "gradients"
 """What autocast makes of parameters: counted apart from activations, whichever part made it."""
 
 
@@ -113,14 +114,17 @@ class LiveMemory:
     """Bytes of the tensors made while recording that are still alive, by (part, phase) that made them.
 
     `hold` names memory that was there before; it is not part of `peak`, which is the most that lived at one time.
+    `peak_besides_gradients` is the most without the parameters' gradients, which a sharded run does not keep whole.
     """
 
     def __init__(self) -> None:
         self.live: dict[tuple[str, str], int] = defaultdict(int)
-        self.total = self.peak = 0
+        self.total = self.peak = self.peak_besides_gradients = 0
         self.at_peak: dict[tuple[str, str], int] = {}
+        self.at_peak_besides_gradients: dict[tuple[str, str], int] = {}
         self.peak_of: dict[str, int] = defaultdict(int)
         self._known: dict[int, weakref.ref] = {}
+        self._keys: dict[int, tuple[str, str]] = {}
         self._held: set[int] = set()
 
     def hold(self, tensors: Iterable[Tensor]) -> int:
@@ -137,6 +141,16 @@ class LiveMemory:
     def holds(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._held
 
+    def becomes(self, tensor: Tensor, key: tuple[str, str]) -> None:
+        """The memory of `tensor`, made while recording, is now of another kind."""
+        storage = tensor.untyped_storage()
+        before = self._keys.get(storage._cdata)
+        if before is not None and before != key:
+            self.live[before] -= storage.nbytes()
+            self.live[key] += storage.nbytes()
+            self._keys[storage._cdata] = key
+            self.peak_of[key[0]] = max(self.peak_of[key[0]], self.live[key])
+
     def _forget(self, address: int) -> Any:
         return lambda _: self._known.pop(address, None)
 
@@ -147,17 +161,25 @@ class LiveMemory:
             if address in self._known:
                 continue
             size = storage.nbytes()
-            self._known[address] = weakref.ref(storage, self._release(address, size, (part, phase)))
+            self._known[address] = weakref.ref(storage, self._release(address, size))
+            self._keys[address] = (part, phase)
             self.live[part, phase] += size
             self.total += size
-            self.peak_of[part] = max(self.peak_of[part], sum(b for (p, _), b in self.live.items() if p == part))
-            if self.total > self.peak:
-                self.peak, self.at_peak = self.total, {key: b for key, b in self.live.items() if b}
+            self._note(part)
 
-    def _release(self, address: int, size: int, key: tuple[str, str]) -> Any:
+    def _note(self, part: str) -> None:
+        self.peak_of[part] = max(self.peak_of[part], sum(b for (p, _), b in self.live.items() if p == part))
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, {key: b for key, b in self.live.items() if b}
+        others = self.total - self.live.get((GRADIENTS, "backward"), 0)
+        if others > self.peak_besides_gradients:
+            self.peak_besides_gradients = others
+            self.at_peak_besides_gradients = {k: b for k, b in self.live.items() if b and k[0] != GRADIENTS}
+
+    def _release(self, address: int, size: int) -> Any:
         def release(_: object) -> None:
             self._known.pop(address, None)
-            self.live[key] -= size
+            self.live[self._keys.pop(address)] -= size
             self.total -= size
 
         return release

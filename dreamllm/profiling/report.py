@@ -13,7 +13,7 @@ from rich.table import Table
 from dreamllm.profiling.operators import OTHER
 from dreamllm.profiling.parts import PARTS
 from dreamllm.profiling.profile import Profile
-from dreamllm.profiling.recorder import Operator
+from dreamllm.profiling.recorder import GRADIENTS, Operator
 from dreamllm.training.progress import say
 
 MIB = 2**20
@@ -105,7 +105,7 @@ def _memory_table(profile: Profile) -> Table:
     recording = profile.recording
     for kind, size in recording.held_bytes.items():
         table.add_row(kind, _mib(size), "")
-    for part in PARTS:
+    for part in (*PARTS, GRADIENTS):
         at_peak = sum(size for (own, _), size in recording.at_peak.items() if own == part)
         table.add_row(f"{part}, at the peak", _mib(at_peak), _mib(recording.peak_of.get(part, 0)))
     table.add_section()

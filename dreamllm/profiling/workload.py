@@ -15,7 +15,7 @@ from dreamllm.documents import PackedBatch
 from dreamllm.model import DreamLLM
 from dreamllm.profiling.operators import FlopCounter, tensors_in
 from dreamllm.profiling.parts import PartTracker
-from dreamllm.profiling.recorder import LiveMemory, Operator, Recorder
+from dreamllm.profiling.recorder import GRADIENTS, LiveMemory, Operator, Recorder
 from dreamllm.training.configuration import StageConfig
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import make_model
@@ -28,9 +28,10 @@ Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
 class Recording:
     """One training step, operator by operator.
 
-    `held_bytes`: what lives before and after the step, by kind; the gradients are made anew in it. `peak_bytes`: the
-    most that lives during it beyond that, and `at_peak` what it consists of, by (part, phase) that made it. `peak_of`:
-    the most of each part alone.
+    `held_bytes`: what lives before and after the step, by kind. `peak_bytes`: the most that lives during it beyond
+    that, and `at_peak` what it consists of, by (part, phase) that made it; the parameters' gradients, which the step
+    makes anew, are a part of their own. `at_peak_besides_gradients`: the same at the moment when the most lived besides
+    them. `peak_of`: the most of each part alone.
     """
 
     operators: list[Operator]
@@ -38,6 +39,7 @@ class Recording:
     peak_bytes: int
     at_peak: dict[tuple[str, str], int]
     peak_of: dict[str, int]
+    at_peak_besides_gradients: dict[tuple[str, str], int]
 
     @property
     def flops(self) -> int:
@@ -67,11 +69,35 @@ class PreparedStep:
         """Runs one step on `batch`, whose sequences have `lengths`, and records it."""
         with self.mode, PartTracker(self.model) as tracker:
             recorder = Recorder(tracker, FlopCounter(lengths, batch.query_spans), timed)
+            self.optimizer.zero_grad(set_to_none=True)  # as every step begins
             held = self._hold(recorder.memory, batch)
-            with recorder:
+            with recorder, self._gradients_told(recorder.memory):
                 self.run([batch])
         memory = recorder.memory
-        return Recording(recorder.operators, held, memory.peak, memory.at_peak, dict(memory.peak_of))
+        return Recording(
+            recorder.operators,
+            held,
+            memory.peak,
+            memory.at_peak,
+            dict(memory.peak_of),
+            memory.at_peak_besides_gradients,
+        )
+
+    @contextlib.contextmanager
+    def _gradients_told(self, memory: LiveMemory) -> Iterator[None]:
+        """Tells `memory` which tensors are parameters' gradients."""
+
+        def told(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                memory.becomes(parameter.grad, (GRADIENTS, "backward"))
+
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        handles = [parameter.register_post_accumulate_grad_hook(told) for parameter in trained]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _hold(self, memory: LiveMemory, batch: PackedBatch) -> dict[str, int]:
         parameters = list(self.model.parameters())
@@ -79,7 +105,6 @@ class PreparedStep:
         return {
             "parameters": memory.hold(trained),
             "frozen parts": memory.hold([*parameters, *self.model.buffers()]),
-            "gradients": memory.hold(p.grad for p in trained if p.grad is not None),
             "optimiser": memory.hold(tensors_in(list(self.optimizer.state.values()))),
             "batch": memory.hold(tensors_in(vars(batch))),
         }
