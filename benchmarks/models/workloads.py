@@ -70,7 +70,7 @@ def training_case(size: str, kind: str, batch: int = 8, cached: bool = False, co
     if compiled:
         trainers[COMPILED] = Trainer(compile_heavy(OriginalPattern(ours)), stage)
     contenders: dict[str, Call] = {OURS: _our_step(ours, stage, packed, cached)}
-    if kind == "stage2":
+    if kind in ("stage2", "stage3"):
         keeping = make_model(size).eval()
         contenders[KEEPING] = _our_step(keeping, stage, packed, cached)
         keeping.use_less_memory("none")
