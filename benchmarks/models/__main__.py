@@ -1,15 +1,14 @@
 """`python -m benchmarks.models [workload ...]`: DreamLLM's workloads against the original's pattern, per sample.
 
-The same cases as `python -m benchmarks run dreamllm`, with a table that counts samples, and a choice of size.
+The same cases as `python -m benchmarks run dreamllm`, which records them, with a table that counts samples, and any
+size.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
 from benchmarks.running import KEEP_FREED_MEMORY
 from benchmarks.running import SETTINGS as THREAD_SETTINGS
@@ -20,7 +19,7 @@ SETTINGS = THREAD_SETTINGS | KEEP_FREED_MEMORY
 def main() -> int:
     import torch
 
-    from benchmarks.harness import Result, measure
+    from benchmarks.harness import measure
     from benchmarks.models.costs import costs
     from benchmarks.models.inference import inference_workloads
     from benchmarks.models.workloads import OURS, workloads
@@ -32,7 +31,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--compile", action="store_true", help="also the pattern under torch.compile (minutes)")
-    parser.add_argument("--record", type=Path, help="write the results to this JSON file")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(known)
     if unknown:
@@ -40,15 +38,10 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     shares = {part: f"{share:.0%}" for part, share in costs(arguments.size).share_of_pair(arguments.size).items()}
     print(f"{arguments.size}, {arguments.threads} threads; shares of a pair's operations: {shares}")
-    results: list[Result] = []
     every = workloads(arguments.size, arguments.compile) | inference_workloads(arguments.size)
     for name, make in every.items():
         if not arguments.names or name in arguments.names:
-            result = measure(make(), rounds=arguments.rounds)
-            results.append(result)
-            print_result(name, result, OURS)
-    if arguments.record:
-        arguments.record.write_text(json.dumps([result.record() for result in results], indent=1) + "\n")
+            print_result(name, measure(make(), rounds=arguments.rounds), OURS)
     return 0
 
 
