@@ -16,7 +16,7 @@ INFERENCE = inference_workloads("tiny", steps=4)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_contenders_agree(name):
     case = WORKLOADS[name]()
-    assert list(case.contenders) == ([OURS, KEEPING, PATTERN] if name == "stage2" else [OURS, PATTERN])
+    assert list(case.contenders) == ([OURS, KEEPING, PATTERN] if name in ("stage2", "stage3") else [OURS, PATTERN])
     assert check_contenders(case) == {}
 
 
