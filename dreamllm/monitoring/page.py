@@ -13,7 +13,7 @@ from dreamllm.documents import PictureError, load_picture
 from dreamllm.evaluation.charts import line_chart
 from dreamllm.inference.page import escape, html_page, picture_tag
 from dreamllm.monitoring.samples import Sample, read_samples
-from dreamllm.training import read_metrics
+from dreamllm.training import read_metrics, write_text
 
 PAGE_FILE = "run.html"
 SHOWN_TIMES = 6
@@ -113,9 +113,7 @@ def write_run_page(run: str | Path) -> Path:
     )
     page = html_page(f"Run {name}", f"<main>{''.join(sections)}{footer}</main>", STYLE)
     path = run / PAGE_FILE
-    partial = path.with_name(f"{PAGE_FILE}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
     return path
 
 

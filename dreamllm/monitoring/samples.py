@@ -10,6 +10,7 @@ from pathlib import Path
 from dreamllm.documents import Document, Picture, Text
 from dreamllm.inference import Answer, Engine, GenerationOptions
 from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.training import write_text
 
 FOLDER, FILE = "samples", "samples.jsonl"
 
@@ -119,10 +120,7 @@ class SampleWriter:
                 picture.save(path)
                 files.append(str(path.relative_to(self.run)))
             lines.append(Sample(stage, step, prompt, answer.text, tuple(files)))
-        path = self.run / FILE
-        partial = path.with_name(f"{FILE}.partial")
-        partial.write_text("".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in lines), encoding="utf-8")
-        partial.replace(path)
+        write_text(self.run / FILE, "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in lines))
 
 
 def read_samples(run: str | Path) -> list[Sample]:

@@ -17,7 +17,7 @@ from dreamllm.training.errors import (
     SaveError,
     TrainingInterrupted,
 )
-from dreamllm.training.files import make_folder, write_folder, write_json
+from dreamllm.training.files import make_folder, write_folder, write_json, write_text
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.merge import merge_stage1
 from dreamllm.training.metrics import read_metrics
@@ -49,4 +49,5 @@ __all__ = [
     "stage_batches",
     "write_folder",
     "write_json",
+    "write_text",
 ]

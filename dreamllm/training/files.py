@@ -17,10 +17,15 @@ PARTIAL = ".partial"
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes `values` beside `path` and renames. Raises `SaveError`."""
+    """Writes `values` as `write_text` does. Raises `SaveError`."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` beside `path` and renames. Raises `SaveError`."""
     try:
         partial = path.with_name(path.name + PARTIAL)
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(text, encoding="utf-8")
         _sync(partial)
         partial.replace(path)
     except OSError as error:

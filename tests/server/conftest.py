@@ -17,6 +17,16 @@ def engine(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny model as `dreamllm serve` loads it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    model, processor = tiny_model(tmp_path_factory.mktemp("tiny"))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def served(engine):
     return Served(MODEL, engine.processor.template, QUICK, engine.processor.settings.target_size)
 

@@ -3,16 +3,6 @@
 import pytest
 
 from benchmarks.serving import measure
-from tests.tiny import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model, processor = tiny_model(tmp_path_factory.mktemp("tiny"))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def test_a_few_clients(model_folder):

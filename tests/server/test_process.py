@@ -14,19 +14,9 @@ from openai import OpenAI
 
 from dreamllm.cli import main
 from tests.server.support import CHAT, PATIENCE, Address, chat
-from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model, processor = tiny_model(tmp_path_factory.mktemp("tiny"))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 class Process:
