@@ -20,9 +20,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Call, CpuTimer, CudaTimer, Times, cost_per_call_us, matmul_gflops, timer_for
+from benchmarks.timing import Call, Timer, Times, cost_per_call_us, matmul_gflops, timer_for
 
-__all__ = ["SIZES", "Call", "Case", "NotHereError", "Result", "cost_per_call_us", "matmul_gflops", "measure"]
+__all__ = [
+    "SIZES",
+    "Call",
+    "Case",
+    "Deferred",
+    "NotHereError",
+    "Part",
+    "Result",
+    "cost_per_call_us",
+    "matmul_gflops",
+    "measure",
+]
 
 SIZES = ("small", "working")  # quick shapes; those of the 7b system
 MOST_SETS = {"cpu": 16, "cuda": 64}
@@ -30,6 +41,20 @@ MOST_SETS = {"cpu": 16, "cuda": 64}
 
 class NotHereError(Exception):
     """A benchmark that cannot run on this device or at this size, and why: a row of the results, no failure."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A case that measures a part of what it is named after: `held` of `whole` of its `unit`, such as layers."""
+
+    unit: str
+    held: int
+    whole: int
+
+    @property
+    def note(self) -> str:
+        """To go before a label."""
+        return f"{self.held} of {self.whole} {self.unit}, "
 
 
 @dataclass
@@ -42,7 +67,7 @@ class Case:
     contenders: dict[str, Call]  # the first one is ours
     bytes_moved: int  # the least that must be read and written
     flops: int
-    relative_tolerance: float
+    relative_tolerance: float | tuple[float, ...]  # of every result, or one for each
     device: str = "cpu"
     cold_bytes: int = 96 * 2**20  # input sets together, at least
     memory: bool = False  # also measure the memory of every contender; on a GPU it always is
@@ -53,11 +78,35 @@ class Case:
     # Other libraries' ways, or one phrase on why there is none. Checked like contenders, but a failure or a result of
     # their own is a row, too. They get copies of the inputs when checked, because some overwrite them.
     peers: Mapping[str, Call | str] = field(default_factory=dict)
+    # Where contenders need not agree: what is wrong with one's results, "" if nothing.
+    wrong: Callable[[list[torch.Tensor]], str] | None = None
+    # On a GPU by the host's clock, until the device is done: a loop that chooses tokens or a step that reads its losses
+    # keeps the device waiting, and that counts. Otherwise by the device's events.
+    end_to_end: bool = False
+    part: Part | None = None
 
     def without_compiled(self) -> Case:
         """Without the contenders that compile, which may take longer than everything else."""
         kept = {name: call for name, call in self.contenders.items() if "torch.compile" not in name}
         return dataclasses.replace(self, contenders=kept)
+
+    def forgotten(self) -> Case:
+        """Names without the calls, which hold models."""
+        return dataclasses.replace(
+            self, contenders=dict.fromkeys(self.contenders, _forgotten), peers=dict.fromkeys(self.peers, ""), wrong=None
+        )
+
+
+def _forgotten(*inputs: Any) -> Any:
+    raise AssertionError("this contender was measured and forgotten")
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A case that is made when it is its turn, because its models are large."""
+
+    name: str
+    make: Callable[[], Case]
 
 
 @dataclass
@@ -100,6 +149,7 @@ class Result:
             "case": self.case.label,
             "device": self.case.device,
             "caches": self.caches,
+            **({"part": dataclasses.asdict(self.case.part)} if self.case.part else {}),
             "bytes_moved": self.case.bytes_moved,
             "flops": self.case.flops,
             "copy_minimum_us": round(self.copy_minimum_us, 2),
@@ -139,18 +189,24 @@ def _copies(inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _difference(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest of all results, relative to each result's largest value. NaN counts as infinitely wrong."""
-    worst = 0.0
-    for a, b in zip(mine, theirs, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if not a.numel():
-            continue
-        scale = b.float().abs().max().item() or 1.0
-        found = (a.float() - b.float()).abs().max().item() / scale
-        worst = max(worst, found if found == found else float("inf"))
-    return worst
+def _difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative to the largest value. NaN counts as infinitely wrong."""
+    if mine.shape != theirs.shape:
+        return float("inf")
+    if not mine.numel():
+        return 0.0
+    b = theirs.to(mine.device).float()
+    scale = b.abs().max().item() or 1.0
+    found = (mine.float() - b).abs().max().item() / scale
+    return found if found == found else float("inf")
+
+
+def _too_different(case: Case, mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[float, float] | None:
+    """Difference and tolerance of the worst result that is further off than allowed."""
+    tolerance = case.relative_tolerance
+    allowed = tolerance if isinstance(tolerance, tuple) else (tolerance,) * len(mine)
+    found = [(_difference(a, b), limit) for a, b, limit in zip(mine, theirs, allowed, strict=True)]
+    return max((pair for pair in found if pair[0] > pair[1]), default=None)
 
 
 def _reason(error: Exception) -> str:
@@ -169,6 +225,7 @@ def check_contenders(case: Case) -> dict[str, str]:
     inputs = case.make_inputs()
     (first, ours), *others = case.contenders.items()
     expected = _tensors(ours(*inputs))
+    _check_alone(case, first, expected)
     failures = {}
     for name, call in others:
         try:
@@ -178,9 +235,12 @@ def check_contenders(case: Case) -> dict[str, str]:
                 raise
             failures[name] = _reason(error)
             continue
-        difference = _difference(expected, results)
-        if difference > case.relative_tolerance:
-            raise AssertionError(f"{case.operator} {case.label}: {first} and {name} differ by {difference:.2e}")
+        if case.wrong is not None:
+            _check_alone(case, name, results)
+        elif worst := _too_different(case, expected, results):
+            raise AssertionError(
+                f"{case.operator} {case.label}: {first} and {name} differ by {worst[0]:.2e}, {worst[1]:.2e} is allowed"
+            )
     for name, peer in case.peers.items():
         try:
             reason = peer if isinstance(peer, str) else _peer_problem(case, peer, inputs, expected)
@@ -191,13 +251,17 @@ def check_contenders(case: Case) -> dict[str, str]:
     return failures
 
 
+def _check_alone(case: Case, name: str, results: list[torch.Tensor]) -> None:
+    if case.wrong is not None and (why := case.wrong(results)):
+        raise AssertionError(f"{case.operator} {case.label}: {name}: {why}")
+
+
 def _peer_problem(case: Case, peer: Call, inputs: Sequence[Any], expected: list[torch.Tensor]) -> str:
     results = _tensors(peer(*_copies(inputs)))
     if len(results) != len(expected):
         return f"gives {len(results)} results instead of {len(expected)}"
-    difference = _difference(expected, results)
-    if difference > case.relative_tolerance:
-        return f"its result differs by {difference:.1e} of the largest value, {case.relative_tolerance:.0e} is allowed"
+    if worst := _too_different(case, expected, results):
+        return f"its result differs by {worst[0]:.1e} of the largest value, {worst[1]:.0e} is allowed"
     return ""
 
 
@@ -219,7 +283,7 @@ def _copy_inputs(case: Case, caches: str, cold_bytes: int) -> list[tuple[torch.T
 WARM_CALLS = 4  # in a row, of which the first brings the inputs back into the caches and is not counted
 
 
-def _turn(timer: CpuTimer | CudaTimer, name: str, call: Call, inputs: Sequence[Any], caches: str) -> list[float]:
+def _turn(timer: Timer, name: str, call: Call, inputs: Sequence[Any], caches: str) -> list[float]:
     if caches == "cold":
         return [timer.time(name, call, inputs)]
     return [timer.time(name, call, inputs) for _ in range(WARM_CALLS)][1:]
@@ -233,7 +297,7 @@ def _timed(case: Case, failures: Mapping[str, str]) -> dict[str, Call]:
 def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "cold") -> Result:
     """Checks and times a case: `rounds` rounds, or as many as fit into `seconds` after the case's least."""
     assert caches in ("cold", "warm")
-    timer = timer_for(case.device)
+    timer = timer_for(case.device, case.end_to_end)
     failures = check_contenders(case)
     contenders = _timed(case, failures)
     cold_bytes = timer.cold_bytes(case.cold_bytes)
@@ -259,6 +323,7 @@ def measure(case: Case, rounds: int = 60, seconds: float = 6.0, caches: str = "c
             for name, call in contenders.items()
         }
     result.timings = [Timing(name, Times.of(values)) for name, values in samples.items()]
+    result.case = case.forgotten()
     return result
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from benchmarks.extrapolation import Extrapolated
 from benchmarks.harness import Result
 
 FASTER, SLOWER = 1.05, 1 / 1.05  # beyond these a ratio gets a colour
@@ -65,6 +66,18 @@ def print_summary(results: Sequence[Result]) -> None:
             parts.append(text)
         name = f"{result.case.operator} {result.case.label}"
         print(f"{name:{width}}  {ours.minimum_us:12,.1f}  {', '.join(parts)}")
+
+
+def print_extrapolations(found: Sequence[Extrapolated]) -> None:
+    """Apart from what was measured, and said to be something else."""
+    for case in found:
+        print(f"\n{coloured(case.operator, 'bold')}  {case.label}  ({coloured(case.how, 'yellow')})")
+        width = max(map(len, case.lines))
+        for name, line in case.lines.items():
+            ratio = case.times_as_fast_as(name)
+            beside = "" if line is next(iter(case.lines.values())) else f"   {ratio:.2f}x"
+            spread = f"({line.least_us / 1e3:,.1f} to {line.most_us / 1e3:,.1f})"
+            print(f"  {name:{width}} {line.median_us / 1e3:12,.1f} ms {spread}{coloured(beside, _colour(ratio))}")
 
 
 def print_missing(results: Sequence[Result]) -> None:

@@ -1,7 +1,8 @@
 """`python -m benchmarks bench`: every operator and DreamLLM's workloads at small size, and the report on them.
 
 Made to end within a quarter of an hour on two cores. The workloads' compiled variants are left out, because they alone
-would take as long; `python -m benchmarks run models` has them.
+would take as long; `python -m benchmarks run models` has them. Pictures that the engine draws beside itself take 10
+denoising steps, as their rows say; those beside the original's pattern take its 50.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib
 import json
 import os
@@ -124,13 +125,18 @@ class Run:
                 print(f"  {what:36} {microseconds:6.1f}", flush=True)
 
     def _case(self, case: Any) -> None:
-        from benchmarks.harness import measure
+        from benchmarks.harness import Deferred, measure
         from benchmarks.printing import print_result
 
         arguments = self.arguments
-        if arguments.only and arguments.only not in f"{case.operator} {case.label}":
+        deferred = isinstance(case, Deferred)
+        name = case.name if deferred else f"{case.operator} {case.label}"
+        if arguments.only and arguments.only not in name:
             return
         try:
+            if deferred:
+                case = case.make()
+                name = f"{case.operator} {case.label}"
             result = measure(
                 case if arguments.compile else case.without_compiled(),
                 rounds=arguments.rounds,
@@ -138,8 +144,12 @@ class Run:
                 caches=arguments.caches,
             )
         except Exception as error:  # an AssertionError: contenders disagree
-            self._wrong(f"{case.operator} {case.label}", error)
+            self._wrong(name, error)
             return
+        finally:
+            del case
+            if deferred:
+                _free_memory()
         print_result(result)
         self.results.append(result)
 
@@ -151,6 +161,7 @@ class Run:
         print(f"\n{coloured('WRONG', 'red')}  {what}: {self.errors[what]}", flush=True)
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        from benchmarks.extrapolation import extrapolations
         from benchmarks.timing import matmul_gflops
 
         arguments = self.arguments
@@ -168,10 +179,20 @@ class Run:
             "torch_compile": arguments.compile,
             "limits": {"matmul_gflops": reached},
             "cases": [result.record() for result in self.results],
+            "extrapolations": [found.record() for found in extrapolations(self.results)],
             "boundary_us": self.boundaries,
             "not_here": self.not_here,
             "errors": self.errors,
         }
+
+
+def _free_memory() -> None:
+    """Of models that nobody needs any more: they hold each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _driver() -> str:
@@ -184,7 +205,8 @@ def run(arguments: argparse.Namespace) -> int:
     """1 where a result was wrong or a case failed, 2 for a wrong argument."""
     import torch
 
-    from benchmarks.printing import print_missing, print_summary
+    from benchmarks.extrapolation import extrapolations
+    from benchmarks.printing import print_extrapolations, print_missing, print_summary
     from dreamkernels import information
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -205,6 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
         this.benchmark(name, module)
     if this.results:
         print_summary(this.results)
+        print_extrapolations(extrapolations(this.results))
         print_missing(this.results)
     for what, error in this.errors.items():
         print(f"WRONG  {what}: {error}")
@@ -225,7 +248,9 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("run", help="time operators and models against PyTorch and peers on this machine")
     command.add_argument("names", nargs="*", help=f"a family or a benchmark; default: all ({', '.join(available())})")
     command.add_argument("--exactly", action="store_true", help="names are benchmarks, never families")
-    command.add_argument("--only", metavar="TEXT", help="cases with this in their name, such as stage2 or bfloat16")
+    command.add_argument(
+        "--only", metavar="TEXT", help="cases with this in their name, such as bfloat16; of dreamllm workloads: stage2"
+    )
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument(
         "--size",

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -58,6 +58,20 @@ class CpuTimer:
         """Until everything that was begun is done."""
 
 
+class HostTimer(CpuTimer):
+    """Wall-clock time until a GPU is done: what a user waits for, where the device waits for the host, too."""
+
+    def time(self, name: str, call: Call, inputs: Sequence[Any]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(*inputs)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e6
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
 class CudaTimer:
     """GPU time between two events on the current stream."""
 
@@ -98,8 +112,14 @@ class CudaTimer:
         torch.cuda.synchronize()
 
 
-def timer_for(device: str) -> CpuTimer | CudaTimer:
-    return CudaTimer() if device == "cuda" else CpuTimer()
+Timer: TypeAlias = CpuTimer | HostTimer | CudaTimer
+
+
+def timer_for(device: str, end_to_end: bool = False) -> Timer:
+    """`end_to_end`: by the host's clock on a GPU, too."""
+    if device != "cuda":
+        return CpuTimer()
+    return HostTimer() if end_to_end else CudaTimer()
 
 
 def matmul_gflops(device: str, size: int = 0, repeats: int = 5) -> dict[str, float]:

@@ -22,12 +22,15 @@ def main() -> int:
     from benchmarks.harness import measure
     from benchmarks.models.costs import costs
     from benchmarks.models.inference import inference_workloads
+    from benchmarks.models.setting import Setting
     from benchmarks.models.workloads import OURS, workloads
 
-    known = workloads("mini") | inference_workloads("mini")
+    known = workloads(Setting("mini")) | inference_workloads(Setting("mini"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="workload", help=f"default: all ({', '.join(known)})")
-    parser.add_argument("--size", choices=("tiny", "mini"), default="mini", help="7b needs a GPU and has no runner yet")
+    parser.add_argument("--size", choices=("tiny", "mini", "7b"), default="mini", help="7b in bfloat16; needs a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--layers", type=int, help="of the decoder, where not all of them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--compile", action="store_true", help="also the pattern under torch.compile (minutes)")
@@ -35,10 +38,13 @@ def main() -> int:
     unknown = set(arguments.names) - set(known)
     if unknown:
         parser.error(f"unknown workloads: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no NVIDIA GPU here")
     torch.set_num_threads(arguments.threads)
+    setting = Setting.usual(arguments.size, arguments.device).with_layers(arguments.layers)
     shares = {part: f"{share:.0%}" for part, share in costs(arguments.size).share_of_pair(arguments.size).items()}
     print(f"{arguments.size}, {arguments.threads} threads; shares of a pair's operations: {shares}")
-    every = workloads(arguments.size, arguments.compile) | inference_workloads(arguments.size)
+    every = workloads(setting, arguments.compile) | inference_workloads(setting)
     for name, make in every.items():
         if not arguments.names or name in arguments.names:
             print_result(name, measure(make(), rounds=arguments.rounds), OURS)

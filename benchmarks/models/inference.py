@@ -16,16 +16,19 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.harness import Call, Case
+from benchmarks.models.rounding import picture_tolerance
+from benchmarks.models.setting import Setting
+from benchmarks.models.workloads import PICTURE_TOLERANCE, least_rounds
 from dreamllm.documents import Document, prompt
 from dreamllm.inference import Answer, DrawingOptions, Engine, GenerationOptions
 from dreamllm.inference.drawing import picture_seed
 from dreamllm.model import DreamLLM, DreamLLMConfig, DreamLLMProcessor
 from dreamllm.model.processor import ProcessorSettings, special_token_ids
-from dreamllm.workloads import SyntheticDocuments, make_model, make_processor
-from dreamllm.workloads.sizes import make_tokenizer, model_config, model_size
+from dreamllm.workloads import SyntheticDocuments, made_with, model_config, model_size
+from dreamllm.workloads.sizes import make_tokenizer
 
 TOGETHER, APART, TRANSFORMERS = "dreamllm", "one after another", "transformers generate, dynamic cache"
-PICTURE_TOLERANCE = 2.5 / 255  # two levels of 8 bits
+# Decoders of proportions that decoding is bound by; other sizes write with their own.
 WRITER = {
     "mini": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8},
     "tiny": {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -33,16 +36,19 @@ WRITER = {
 WRITER_WORDS = {"mini": 32000, "tiny": 88}
 
 
-def writing_case(size: str, rows: int, prompt_tokens: int = 32, new_tokens: int = 64) -> Case:
-    """Greedy writing after prompts of words, by a decoder of `WRITER[size]` in bfloat16."""
-    model, processor = _writer(size)
-    stock = LlamaForCausalLM(model.config.text_config)
+def writing_case(setting: Setting, rows: int, prompt_tokens: int = 32, new_tokens: int = 64) -> Case:
+    """Greedy writing after prompts of words in bfloat16, by a decoder of `WRITER` or by the setting's own."""
+    size, device = setting.size, setting.device
+    model, processor = _writer(setting)
+    shape = model.config.text_config
+    with made_with(0, device, torch.bfloat16):
+        stock = LlamaForCausalLM(shape).eval().requires_grad_(False)
     stock.load_state_dict(model.language_model.state_dict())
-    stock = stock.to(torch.bfloat16).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, WRITER_WORDS[size], (rows, prompt_tokens), generator=generator)
+    words = WRITER_WORDS.get(size, model_size(size).words)
+    ids = torch.randint(3, words, (rows, prompt_tokens), generator=generator)
     documents = [_words(row.tolist()) for row in ids]
-    given = torch.tensor([processor.encode(document).input_ids for document in documents])
+    given = torch.tensor([processor.encode(document).input_ids for document in documents], device=device)
     engine = Engine(model, processor)
     options = GenerationOptions(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid")
 
@@ -61,10 +67,9 @@ def writing_case(size: str, rows: int, prompt_tokens: int = 32, new_tokens: int 
         )
         return torch.full((rows,), written.shape[1] - given.shape[1])
 
-    decoder = WRITER[size]
     return Case(
         f"{size} writing",
-        f"{decoder['num_hidden_layers']} layers of {decoder['hidden_size']}, bfloat16, batch {rows}, "
+        f"{shape.num_hidden_layers} layers of {shape.hidden_size}, bfloat16, batch {rows}, "
         f"{new_tokens} tokens; a sample is a token",
         list,
         {TOGETHER: ours, TRANSFORMERS: theirs},
@@ -72,17 +77,19 @@ def writing_case(size: str, rows: int, prompt_tokens: int = 32, new_tokens: int 
         bytes_moved=sum(p.numel() * p.element_size() for p in model.language_model.parameters()),
         flops=0,
         relative_tolerance=0.0,
+        device=device,
         samples=rows * new_tokens,
+        end_to_end=True,
     )
 
 
-def _writer(size: str) -> tuple[DreamLLM, DreamLLMProcessor]:
-    """A DreamLLM of this size with another language model, of LLaMA's vocabulary at `mini`."""
-    tokenizer, base, shape = (
-        make_tokenizer(replace(model_size(size), words=WRITER_WORDS[size])),
-        model_config(size),
-        WRITER[size],
-    )
+def _writer(setting: Setting) -> tuple[DreamLLM, DreamLLMProcessor]:
+    """A DreamLLM of this size with another language model where `WRITER` has one, of LLaMA's vocabulary at `mini`."""
+    size = setting.size
+    if size not in WRITER:
+        return replace(setting, dtype=torch.bfloat16).model().requires_grad_(False), setting.processor()
+    tokenizer = make_tokenizer(replace(model_size(size), words=WRITER_WORDS[size]))
+    base, shape = model_config(size), WRITER[size]
     text = base.text_config.to_dict() | shape
     text |= {"num_key_value_heads": shape["num_attention_heads"], "vocab_size": len(tokenizer)}
     text["head_dim"] = shape["hidden_size"] // shape["num_attention_heads"]
@@ -96,16 +103,16 @@ def _writer(size: str) -> tuple[DreamLLM, DreamLLMProcessor]:
         num_dream_queries=base.num_dream_queries,
         max_sequence_length=base.max_sequence_length,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = DreamLLM(config).to(torch.bfloat16).eval().requires_grad_(False)
-    images = make_processor(size).image_processor
+    with made_with(0, setting.device, torch.bfloat16):
+        model = DreamLLM(config).eval().requires_grad_(False)
+    images = setting.processor().image_processor
     return model, DreamLLMProcessor(images, tokenizer, ProcessorSettings.from_config(config))
 
 
-def mixed_case(size: str, steps: int = 50, new_tokens: int = 32) -> Case:
+def mixed_case(setting: Setting, steps: int = 50, new_tokens: int = 32) -> Case:
     """16 requests: 8 captions, 4 pictures, 4 documents that begin with a picture and go on with text."""
-    engine = _engine(size)
+    size = setting.size
+    engine = _engine(setting)
     drawing = DrawingOptions(steps=steps, guidance_scale=2.0)
     written = GenerationOptions(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid")
     lone = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
@@ -118,23 +125,27 @@ def mixed_case(size: str, steps: int = 50, new_tokens: int = 32) -> Case:
     seeds = range(len(work))
 
     def together() -> list[Tensor]:
-        return _values(engine.answers(prompts, options, seeds))
+        return _values(engine.answers(prompts, options, seeds), setting)
 
     def apart() -> list[Tensor]:
-        return _values([engine.answers([p], [o], [s])[0] for p, o, s in zip(prompts, options, seeds, strict=True)])
+        each = zip(prompts, options, seeds, strict=True)
+        return _values([engine.answers([p], [o], [s])[0] for p, o, s in each], setting)
 
     return _comparison(
         f"{size} mixed requests",
         f"8 captions of {new_tokens} tokens, 4 pictures of {steps} guided steps, 4 documents of both",
         {TOGETHER: together, APART: apart},
+        lambda: engine.answers(prompts[1:2], lone, seeds[1:2]),
         engine,
+        setting,
         len(work),
     )
 
 
-def candidates_case(size: str, prompts: int = 4, candidates: int = 8, steps: int = 50) -> Case:
+def candidates_case(setting: Setting, prompts: int = 4, candidates: int = 8, steps: int = 50) -> Case:
     """Several candidates of several prompts in one call, and in as many calls with one picture of each prompt."""
-    engine = _engine(size)
+    size = setting.size
+    engine = _engine(setting)
     source = SyntheticDocuments("drawing prompt", size, prompts)
     documents = [source[i] for i in range(prompts)]
     drawing = DrawingOptions(steps=steps, guidance_scale=2.0)
@@ -142,47 +153,76 @@ def candidates_case(size: str, prompts: int = 4, candidates: int = 8, steps: int
     several = replace(one, drawing=replace(drawing, candidates=candidates))
 
     def together() -> list[Tensor]:
-        return _values(engine.answers(documents, several, range(prompts)))
+        return _values(engine.answers(documents, several, range(prompts)), setting)
 
     def apart() -> list[Tensor]:
         calls = [
             engine.answers(documents, one, [picture_seed(seed, number) for seed in range(prompts)])
             for number in range(candidates)
         ]
-        return _values([call[i] for i in range(prompts) for call in calls])
+        return _values([call[i] for i in range(prompts) for call in calls], setting)
 
     return _comparison(
         f"{size} candidates",
         f"{candidates} candidates of {prompts} prompts, {steps} guided steps, against {candidates} calls",
         {TOGETHER: together, APART: apart},
+        lambda: engine.answers(documents[:1], one, [0]),
         engine,
+        setting,
         prompts * candidates,
     )
 
 
-def inference_workloads(size: str, steps: int = 50) -> dict[str, Callable[[], Case]]:
+def inference_workloads(setting: Setting, steps: int = 50) -> dict[str, Callable[[], Case]]:
     """Every case by name; each makes its own models when called. `steps`: of denoising."""
     return {
-        "inference_writing": lambda: writing_case(size, 1),
-        "inference_writing_batch": lambda: writing_case(size, 8),
-        "inference_mixed": lambda: mixed_case(size, steps=steps),
-        "inference_candidates": lambda: candidates_case(size, steps=steps),
+        "inference_writing": lambda: writing_case(setting, 1),
+        "inference_writing_batch": lambda: writing_case(setting, 8),
+        "inference_mixed": lambda: mixed_case(setting, steps=steps),
+        "inference_candidates": lambda: candidates_case(setting, steps=steps),
     }
 
 
-def _engine(size: str) -> Engine:
-    return Engine(make_model(size).eval().requires_grad_(False), make_processor(size))
+def _engine(setting: Setting) -> Engine:
+    return Engine(setting.model().requires_grad_(False), setting.processor())
 
 
-def _comparison(name: str, label: str, contenders: dict[str, Call], engine: Engine, samples: int) -> Case:
-    unet = sum(p.numel() * p.element_size() for p in engine.model.unet.parameters())
-    return Case(name, label, list, contenders, unet, 0, PICTURE_TOLERANCE, samples=samples)
+def _comparison(
+    name: str,
+    label: str,
+    contenders: dict[str, Call],
+    one_picture: Callable[[], Sequence[Answer]],
+    engine: Engine,
+    setting: Setting,
+    samples: int,
+) -> Case:
+    tolerance = PICTURE_TOLERANCE
+    if setting.rounds:
+        tolerance = picture_tolerance(lambda: _pictures(one_picture()), engine.model, PICTURE_TOLERANCE)
+    return Case(
+        name,
+        setting.note + label,
+        list,
+        contenders,
+        sum(p.numel() * p.element_size() for p in engine.model.unet.parameters()),
+        0,
+        tolerance,
+        device=setting.device,
+        samples=samples,
+        least_rounds=least_rounds(setting),
+        end_to_end=True,
+    )
 
 
-def _values(answers: Sequence[Answer]) -> list[Tensor]:
-    """Tokens, then pictures, of every answer."""
-    tokens = [torch.tensor([token for answer in answers for token in answer.token_ids], dtype=torch.float64)]
-    return [t for t in tokens if t.numel()] + [_pixels(p) for answer in answers for p in answer.pictures]
+def _values(answers: Sequence[Answer], setting: Setting) -> list[Tensor]:
+    """Tokens, or where everything rounds their number, then pictures, of every answer."""
+    written = [token for answer in answers for token in answer.token_ids]
+    tokens = [torch.tensor([len(written)] if setting.rounds else written, dtype=torch.float64)]
+    return [t for t in tokens if t.numel()] + _pictures(answers)
+
+
+def _pictures(answers: Sequence[Answer]) -> list[Tensor]:
+    return [_pixels(picture) for answer in answers for picture in answer.pictures]
 
 
 def _pixels(picture: Image.Image) -> Tensor:

@@ -1,8 +1,9 @@
 """What DreamLLM does all day, as benchmark cases: ours against the original's pattern, same weights, same documents.
 
-A call of a training case is one optimiser step on one batch that is ready in memory: loading and transforming pictures
-happens in worker processes in both programs. Draws of noise, time steps and posterior samples are the same. A call of
-an inference case goes from the prompt's document (ours) or ids and pixels (the pattern) to tokens or PIL pictures.
+A call of a training case is one optimiser step on one batch that is ready on the device: loading and transforming
+pictures happens in worker processes in both programs. Draws of noise, time steps and posterior samples are the same. A
+call of an inference case goes from the prompt's document (ours) or ids and pixels (the pattern) to tokens or PIL
+pictures. Where everything is bfloat16, what may differ is derived in rounding.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.harness import Call, Case
-from benchmarks.original_pattern import OriginalPattern, Trainer, draw, pad_batch, write
-from dreamllm.documents import Document, PackedBatch
+from benchmarks.models.rounding import loss_tolerances, picture_tolerance, poor_choice
+from benchmarks.models.setting import LARGE, Setting
+from benchmarks.original_pattern import OriginalPattern, PaddedBatch, Trainer, draw, pad_batch, write
+from dreamllm.documents import Document, EncodedDocument, PackedBatch
 from dreamllm.inference import DrawingOptions, Engine, GenerationOptions
 from dreamllm.inference.drawing import picture_seed
 from dreamllm.model import DreamLLM
 from dreamllm.model.codec import encode_pictures
 from dreamllm.training import StageConfig
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
-from dreamllm.workloads import STAGES, SyntheticDocuments, make_model, make_processor
+from dreamllm.workloads import STAGES, SyntheticDocuments
 
 OURS, KEEPING, PATTERN, COMPILED = (
     "dreamllm",
@@ -56,50 +60,79 @@ def stage_documents(stage: str, size: str, count: int, seed: int = 0) -> list[Do
     return [readers[kind][i] for i, kind in enumerate(kinds)]
 
 
-def training_case(size: str, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
+def training_case(setting: Setting, kind: str, batch: int = 8, cached: bool = False, compiled: bool = True) -> Case:
     """One step of stage `kind` on `batch` documents. `cached`: ours gets the pictures' latents, as from a cache."""
-    stage = StageConfig(
-        kind, STAGES[kind].kind, (), 1000, learning_rate=STAGES[kind].learning_rate, documents_per_step=batch
-    )
-    processor = make_processor(size)
+    stage = training_stage(kind, batch)
+    size, device = setting.size, setting.device
+    processor = setting.processor()
     encoded = [processor.encode(document) for document in stage_documents(kind, size, batch)]
-    packed = processor.pack(encoded)
-    padded = pad_batch(encoded, processor.layout, processor)
-    ours = make_model(size).eval()
-    trainers = {PATTERN: Trainer(OriginalPattern(ours), stage)}
-    if compiled:
-        trainers[COMPILED] = Trainer(compile_heavy(OriginalPattern(ours)), stage)
-    contenders: dict[str, Call] = {OURS: _our_step(ours, stage, packed, cached)}
-    if kind in ("stage2", "stage3"):
-        keeping = make_model(size).eval()
-        contenders[KEEPING] = _our_step(keeping, stage, packed, cached)
+    packed = processor.pack(encoded).to(device)
+
+    def padded_batch(documents: Sequence[EncodedDocument]) -> PaddedBatch:
+        return pad_batch(documents, processor.layout, processor).to(device)
+
+    padded = padded_batch(encoded)
+    ours = setting.model()
+    theirs = Trainer(OriginalPattern(ours), stage)
+    tolerance: float | tuple[float, ...] = LOSS_TOLERANCE
+    if setting.rounds:
+        tolerance = loss_tolerances(theirs, [padded_batch([document]) for document in encoded], setting)
+    contenders: dict[str, Call] = {OURS: _our_step(ours, setting, stage, packed, cached)}
+    if "language_model" in stage.groups:
+        keeping = setting.model()
+        contenders[KEEPING] = _our_step(keeping, setting, stage, packed, cached)
         keeping.use_less_memory("none")
-    for name, trainer in trainers.items():
-        contenders[name] = lambda trainer=trainer: list(map(torch.tensor, trainer.step(padded, _generator())))
+
+    def their_step(trainer: Trainer) -> list[Tensor]:
+        return list(map(torch.tensor, trainer.step(padded, setting.generator())))
+
+    contenders[PATTERN] = lambda: their_step(theirs)
+    if compiled:
+        compiled_trainer = made_once(lambda: Trainer(compile_heavy(OriginalPattern(setting.model())), stage))
+        contenders[COMPILED] = lambda: their_step(compiled_trainer())
     label = f"{'latents cached, ' if cached else ''}{batch} documents, {packed.num_tokens} tokens"
     label += f" (padded: {padded.input_ids.numel()}), {len(packed.dream_positions)} pictures to draw"
     return Case(
         f"{size} {kind}",
-        label,
+        setting.note + label,
         list,
         contenders,
         bytes_moved=0,  # a step of small matrices is like no copy
         flops=0,
-        relative_tolerance=LOSS_TOLERANCE,
+        relative_tolerance=tolerance,
+        device=device,
         samples=batch,
         memory=kind == "stage2",
         fallible=(COMPILED,),
+        end_to_end=True,
+        part=setting.part,
     )
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def training_stage(kind: str, documents: int) -> StageConfig:
+    rate = STAGES[kind].learning_rate
+    return StageConfig(kind, STAGES[kind].kind, (), 1000, learning_rate=rate, documents_per_step=documents)
 
 
-def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: bool) -> Call:
+Made = TypeVar("Made")
+
+
+def made_once(make: Callable[[], Made]) -> Callable[[], Made]:
+    """`make` when first called, so that a contender that is left out takes no memory; what it gave from then on."""
+    made: list[Made] = []
+
+    def get() -> Made:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
+
+
+def _our_step(model: DreamLLM, setting: Setting, stage: StageConfig, batch: PackedBatch, cached: bool) -> Call:
     optimizer = make_optimizer(prepare_model(model, stage), stage)
     model.use_less_memory()  # as a run does by default
-    generator = _generator()
+    generator = setting.generator()
     if cached:
         assert batch.target_pixel_values is not None
         with torch.no_grad():
@@ -117,37 +150,59 @@ def _our_step(model: DreamLLM, stage: StageConfig, batch: PackedBatch, cached: b
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def captioning_case(size: str, num_beams: int = 1, new_tokens: int = 32, compiled: bool = True) -> Case:
-    """One picture and a question -> `new_tokens` tokens, greedily or with beams."""
-    processor = make_processor(size)
-    ours = make_model(size).eval()
+def captioning_case(setting: Setting, num_beams: int = 1, new_tokens: int = 32, compiled: bool = True) -> Case:
+    """One picture and a question -> `new_tokens` tokens, greedily or with beams.
+
+    In float32 the tokens must be equal. In bfloat16 greedy ones must be as likely as rounding allows, and beams, where
+    one such choice changes all that follows, must have the length.
+    """
+    processor = setting.processor()
+    ours = setting.model()
     ours.requires_grad_(False)  # as `dreamllm.inference.load` does
-    document = SyntheticDocuments("picture prompt", size, 1)[0]
+    document = SyntheticDocuments("picture prompt", setting.size, 1)[0]
     engine = Engine(ours, processor)
     batch = processor.pad([processor.encode(document)])
-    inputs = batch["input_ids"], batch["attention_mask"], batch["pixel_values"]
+    inputs = [batch[name].to(setting.device) for name in ("input_ids", "attention_mask", "pixel_values")]
     never = [*engine._never.nonzero().flatten().tolist(), engine.layout.dream_start]
-    patterns = {PATTERN: OriginalPattern(ours)}
-    if compiled:
-        patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
+    theirs = OriginalPattern(ours)
 
     def our_tokens() -> Tensor:
         return _answer(engine, document, new_tokens, num_beams)
 
-    contenders: dict[str, Call] = {OURS: our_tokens}
-    for name, pattern in patterns.items():
-        contenders[name] = lambda pattern=pattern: write(pattern, *inputs, new_tokens, num_beams, never)[0]
+    def their_tokens(pattern: OriginalPattern) -> Tensor:
+        return write(pattern, *inputs, new_tokens, num_beams, never)[0]
+
+    def wrong(results: Sequence[Tensor]) -> str:
+        (tokens,) = results
+        if tokens.shape != (new_tokens,) or set(tokens.tolist()) & set(never):
+            return f"{tokens.tolist()} are not {new_tokens} tokens that may be chosen"
+        return poor_choice(theirs, inputs, tokens, [*never, engine.layout.eos]) if num_beams == 1 else ""
+
+    contenders: dict[str, Call] = {OURS: our_tokens, PATTERN: lambda: their_tokens(theirs)}
+    if compiled:
+        compiled_pattern = made_once(lambda: compile_heavy(OriginalPattern(setting.model())))
+        contenders[COMPILED] = lambda: their_tokens(compiled_pattern())
     return Case(
-        f"{size} captioning",
-        f"{'greedy' if num_beams == 1 else f'{num_beams} beams'}, one picture, {new_tokens} tokens",
+        f"{setting.size} captioning",
+        f"{setting.note}{'greedy' if num_beams == 1 else f'{num_beams} beams'}, one picture, {new_tokens} tokens",
         list,
         contenders,
-        bytes_moved=new_tokens * sum(p.numel() * p.element_size() for p in ours.language_model.parameters()),
+        bytes_moved=_bytes_read(ours.language_model, new_tokens, setting),
         flops=0,
         relative_tolerance=0.0,
+        device=setting.device,
         samples=1,
         fallible=(COMPILED,),
+        wrong=wrong if setting.rounds else None,
+        end_to_end=True,
     )
+
+
+def _bytes_read(model: torch.nn.Module, times: int, setting: Setting) -> int:
+    """By `times` passes over a model's weights. Nothing at 7b: the harness copies as many bytes for comparison."""
+    if setting.size == LARGE:
+        return 0
+    return times * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _answer(engine: Engine, document: Document, new_tokens: int, num_beams: int) -> Tensor:
@@ -161,7 +216,7 @@ def _answer(engine: Engine, document: Document, new_tokens: int, num_beams: int)
 
 
 def drawing_case(
-    size: str,
+    setting: Setting,
     prompts: int = 4,
     candidates: int = 1,
     steps: int = 50,
@@ -170,14 +225,12 @@ def drawing_case(
 ) -> Case:
     """Prompts -> pictures, guided. To the pattern a candidate is one more row of the batch with the same prompt: the
     original draws its candidates in separate runs, but over batches as large as ours."""
-    processor = make_processor(size)
-    ours = make_model(size).eval()
-    reader = SyntheticDocuments("drawing prompt", size, prompts)
+    processor = setting.processor()
+    ours = setting.model()
+    reader = SyntheticDocuments("drawing prompt", setting.size, prompts)
     documents = [reader[i] for i in range(prompts)]
     ids = [processor.encode(document).input_ids for document in documents]
-    patterns = {PATTERN: OriginalPattern(ours)}
-    if compiled:
-        patterns[COMPILED] = compile_heavy(OriginalPattern(ours))
+    theirs = OriginalPattern(ours)
     ours.requires_grad_(False)
     engine = Engine(ours, processor)
     drawing = DrawingOptions(steps=steps, guidance_scale=guidance_scale, candidates=candidates)
@@ -190,24 +243,36 @@ def drawing_case(
     rows = [row for row in ids for _ in range(candidates)]
     seeds = [picture_seed(seed, candidate) for seed in range(prompts) for candidate in range(candidates)]
 
-    def their_pictures(pattern: OriginalPattern) -> list[Tensor]:
-        return [_pixels(picture) for picture in draw(pattern, rows, seeds, steps, guidance_scale)]
+    def their_pictures(pattern: OriginalPattern, first: int | None = None) -> list[Tensor]:
+        return [_pixels(picture) for picture in draw(pattern, rows[:first], seeds[:first], steps, guidance_scale)]
 
-    contenders: dict[str, Call] = {OURS: our_pictures}
-    for name, pattern in patterns.items():
-        contenders[name] = lambda pattern=pattern: their_pictures(pattern)
+    tolerance = PICTURE_TOLERANCE
+    if setting.rounds:
+        tolerance = picture_tolerance(lambda: their_pictures(theirs, 2), theirs, PICTURE_TOLERANCE)
+    contenders: dict[str, Call] = {OURS: our_pictures, PATTERN: lambda: their_pictures(theirs)}
+    if compiled:
+        compiled_pattern = made_once(lambda: compile_heavy(OriginalPattern(setting.model())))
+        contenders[COMPILED] = lambda: their_pictures(compiled_pattern())
     many = f", {candidates} candidates each" if candidates > 1 else ""
     return Case(
-        f"{size} text_to_image",
-        f"{prompts} prompt{'s' if prompts > 1 else ''}{many}, {steps} guided steps",
+        f"{setting.size} text_to_image",
+        f"{setting.note}{prompts} prompt{'s' if prompts > 1 else ''}{many}, {steps} guided steps",
         list,
         contenders,
-        bytes_moved=steps * sum(p.numel() * p.element_size() for p in ours.unet.parameters()),
+        bytes_moved=_bytes_read(ours.unet, steps, setting),
         flops=0,
-        relative_tolerance=PICTURE_TOLERANCE,
+        relative_tolerance=tolerance,
+        device=setting.device,
         samples=prompts * candidates,
+        least_rounds=least_rounds(setting),
         fallible=(COMPILED,),
+        end_to_end=True,
     )
+
+
+def least_rounds(setting: Setting) -> int:
+    """Of seconds each. On a GPU of one's own two calls differ by a percent; on a shared processor by ten."""
+    return 2 if setting.device == "cuda" else 5
 
 
 def _pixels(picture: Image.Image) -> Tensor:
@@ -230,20 +295,28 @@ def compile_heavy(pattern: OriginalPattern) -> OriginalPattern:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def workloads(size: str, compiled: bool = True) -> dict[str, Callable[[], Case]]:
-    """Every workload by name; each makes its own models when called. `compiled`: with the compiled pattern."""
+def workloads(
+    setting: Setting, compiled: bool = True, layer_counts: Sequence[int] = (), steps: int = 50
+) -> dict[str, Callable[[], Case]]:
+    """Every workload by name; each makes its own models when called. `compiled`: with the compiled pattern.
 
-    def training(kind: str, cached: bool = False) -> Callable[[], Case]:
-        return lambda: training_case(size, kind, cached=cached, compiled=compiled)
+    `layer_counts`: of the decoder, in stages that train it, which do not fit whole; one workload each. `steps`: of
+    denoising.
+    """
 
+    def training(kind: str, cached: bool = False, where: Setting = setting) -> Callable[[], Case]:
+        return lambda: training_case(where, kind, cached=cached, compiled=compiled)
+
+    parts = {f"_{count}_layers": setting.with_layers(count) for count in layer_counts} or {"": setting}
     return {
         "comprehension": training("stage1_comprehension"),
         "creation_cached": training("stage1_creation", cached=True),
         "creation_online": training("stage1_creation"),
-        "stage2": training("stage2"),
-        "stage3": training("stage3"),
-        "captioning_greedy": lambda: captioning_case(size, compiled=compiled),
-        "captioning_beams": lambda: captioning_case(size, num_beams=5, compiled=compiled),
-        "text_to_image": lambda: drawing_case(size, compiled=compiled),
-        "candidates": lambda: drawing_case(size, prompts=1, candidates=8, compiled=compiled),
+        **{
+            f"{kind}{name}": training(kind, where=part) for kind in ("stage2", "stage3") for name, part in parts.items()
+        },
+        "captioning_greedy": lambda: captioning_case(setting, compiled=compiled),
+        "captioning_beams": lambda: captioning_case(setting, num_beams=5, compiled=compiled),
+        "text_to_image": lambda: drawing_case(setting, steps=steps, compiled=compiled),
+        "candidates": lambda: drawing_case(setting, prompts=1, candidates=8, steps=steps, compiled=compiled),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class PaddedBatch:
     labels: Tensor
     images: Tensor | None
     images_dm: Tensor | None
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        found = (getattr(self, field.name) for field in fields(self))
+        return PaddedBatch(*(None if tensor is None else tensor.to(device) for tensor in found))
 
 
 def pad_batch(

@@ -48,13 +48,16 @@ def denoise(
 ) -> Tensor:
     """Latents [B, 4, h, w] after guided DDPM steps."""
     condition = torch.cat([negative, condition])
+    device = condition.device
     side = model.unet.config.sample_size
     shape = (len(generators), model.unet.config.in_channels, side, side)
-    model.scheduler.set_timesteps(steps)
-    latents = randn_tensor(shape, generator=generators) * model.scheduler.init_noise_sigma
+    model.scheduler.set_timesteps(steps, device=device)
+    # Latents and noise in float32, whatever the dtype, so that both programs draw the same noise.
+    latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    latents = latents * model.scheduler.init_noise_sigma
     for timestep in model.scheduler.timesteps:
-        both = model.scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        unconditional, conditional = model.unet(both, timestep, encoder_hidden_states=condition).sample.chunk(2)
+        both = model.scheduler.scale_model_input(torch.cat([latents] * 2), timestep).to(condition.dtype)
+        unconditional, conditional = model.unet(both, timestep, encoder_hidden_states=condition).sample.float().chunk(2)
         predicted = unconditional + guidance_scale * (conditional - unconditional)
         latents = model.scheduler.step(predicted, timestep, latents, generator=generators).prev_sample
     return latents
@@ -86,13 +89,13 @@ def draw_pixels(
     One noise generator per picture, where the original has one per batch: a picture then does not depend on what else
     is drawn, and can be compared.
     """
-    ids, mask = pad_left(prompts, model.layout.pad)
-    empty = torch.full((len(prompts), 1), model.layout.bos)
+    ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts, model.layout.pad))
+    empty = torch.full((len(prompts), 1), model.layout.bos, device=model.device)
     states = dream_states(model, ids, mask)
     negative = dream_states(model, empty, torch.ones_like(empty))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = denoise(
         model, model.condition_projector(states), model.condition_projector(negative), steps, guidance_scale, generators
     )
-    pictures = model.vae.decode(latents / model.vae.config.scaling_factor).sample
+    pictures = model.vae.decode((latents / model.vae.config.scaling_factor).to(model.vae.dtype)).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1)

@@ -15,16 +15,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dreamllm.documents import SequenceLayout
 from dreamllm.model import DreamLLM
+from dreamllm.workloads import made_with
 
 
 class OriginalPattern(LlamaForCausalLM):
-    """Stock modules with a DreamLLM's weights (copied). `generate` is transformers' own."""
+    """Stock modules with a DreamLLM's weights (copied), on its device and in its dtype. `generate` is transformers'."""
 
     def __init__(self, model: DreamLLM) -> None:
+        with made_with(0, model.device, model.dtype):
+            self._make(model)
+        self.scheduler = DDPMScheduler.from_config(model.config.scheduler_config)  # its tables are the host's
+        self._copy(model)
+        self.eval()
+
+    def _make(self, model: DreamLLM) -> None:
         config = model.config
         llama = type(config.text_config).from_dict(config.text_config.to_dict())
         llama._attn_implementation = "sdpa"
-        super().__init__(llama)
+        LlamaForCausalLM.__init__(self, llama)
         self.layout: SequenceLayout = model.layout
         self.select_layer = config.select_layer
         self.clip = CLIPVisionModel(type(config.vision_config).from_dict(config.vision_config.to_dict()))
@@ -33,9 +41,6 @@ class OriginalPattern(LlamaForCausalLM):
         self.condition_projector = nn.Linear(config.hidden_size, config.condition_size, bias=False)
         self.unet = UNet2DConditionModel.from_config(config.unet_config)
         self.vae = AutoencoderKL.from_config(config.vae_config)
-        self.scheduler = DDPMScheduler.from_config(config.scheduler_config)
-        self._copy(model)
-        self.eval()
 
     def _copy(self, model: DreamLLM) -> None:
         own = LlamaForCausalLM.state_dict(self)
@@ -79,7 +84,7 @@ class OriginalPattern(LlamaForCausalLM):
         if images is None:
             side = self.clip.config.image_size
             images = torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device)
-        states = self.clip(images, output_hidden_states=True).hidden_states[self.select_layer]
+        states = self.clip(images.to(self.dtype), output_hidden_states=True).hidden_states[self.select_layer]
         features = self.visual_projector(states[:, 1:])
         return (None, 0.0 * features.sum()) if blank else (features, features.new_zeros(()))
 

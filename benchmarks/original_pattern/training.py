@@ -26,12 +26,16 @@ def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def diffusion_loss(model: OriginalPattern, contexts: Tensor, images_dm: Tensor, generator: torch.Generator) -> Tensor:
     """VAE encoding, noise, UNet, mean squared error in float32. contexts [M, Q, H], before the projector."""
     condition = model.condition_projector(contexts)
+    device = images_dm.device
     with torch.no_grad():
-        latents = model.vae.encode(images_dm).latent_dist.sample(generator) * model.vae.config.scaling_factor
+        posterior = model.vae.encode(images_dm.to(model.vae.dtype)).latent_dist
+        # Draws and noisy latents in float32, whatever the dtype, so that both programs see the same ones.
+        drawn = torch.randn(posterior.mean.shape, generator=generator, device=device)
+        latents = (posterior.mean + posterior.std * drawn) * model.vae.config.scaling_factor
     steps = model.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-    noisy = model.scheduler.add_noise(latents, noise, timesteps)
+    timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=device)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    noisy = model.scheduler.add_noise(latents, noise, timesteps).to(model.unet.dtype)
     predicted = model.unet(noisy, timesteps, encoder_hidden_states=condition).sample
     return F.mse_loss(predicted.float(), noise.float(), reduction="mean")
 
@@ -84,6 +88,13 @@ class Trainer:
 
     def step(self, batch: PaddedBatch, generator: torch.Generator) -> tuple[float, float, float, float]:
         """Language loss, diffusion loss (0 without pictures), their weighted sum, gradient norm before clipping."""
+        found = self.gradients(batch, generator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return found
+
+    def gradients(self, batch: PaddedBatch, generator: torch.Generator) -> tuple[float, float, float, float]:
+        """`step` up to the update: leaves clipped gradients."""
         with self.autocast:
             lm_loss, vm_loss = losses(self.model, batch, generator)
         w_lm, w_vm = self.stage.weights
@@ -93,6 +104,4 @@ class Trainer:
         if torch.isnan(total).item() or torch.isinf(total).item():
             raise FloatingPointError(f"the loss is {total.item()}")
         norm = nn.utils.clip_grad_norm_(self.parameters, self.stage.max_grad_norm).item()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return (*logged, total.item(), norm)

@@ -105,6 +105,11 @@ class Record:
         return found
 
     @property
+    def extrapolations(self) -> list[dict[str, Any]]:
+        """As benchmarks/extrapolation.py writes them. Never among the cases, which are measured."""
+        return self.facts.get("extrapolations") or []
+
+    @property
     def boundary_us(self) -> dict[str, dict[str, float]]:
         return {name: rows for name, rows in (self.facts.get("boundary_us") or {}).items() if rows}
 

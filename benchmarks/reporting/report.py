@@ -14,6 +14,7 @@ from benchmarks.reporting.tables import (
     Table,
     absent_peers,
     boundary_table,
+    extrapolated_table,
     markdown_text,
     operator_table,
     summary,
@@ -31,6 +32,11 @@ SPEED = (
     "warm caches or much arithmetic it says little. GFLOP/s count the operations that the case needs."
 )
 BARS = "How many times as fast ours is as each peer; logarithmic, from 1x: to the right ours is faster."
+EXTRAPOLATED = "Extrapolated, not measured"
+EXTRAPOLATION = (
+    "A model that does not fit one device was measured with two smaller numbers of layers. Time is drawn on along the "
+    "straight line through both medians; the spread takes the tenth and ninetieth percentiles where they differ most."
+)
 STYLE = """
 body { font-size: 1.0625rem; }
 main { max-width: 64rem; }
@@ -141,6 +147,8 @@ def as_markdown(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str
         for operator, cases in record.operators.items():
             blocks += [f"### {markdown_text(operator)}", operator_table(cases).markdown()]
             blocks += [markdown_text(" ".join(absent_peers(cases)))] if absent_peers(cases) else []
+        if record.extrapolations:
+            blocks += [f"### {EXTRAPOLATED}", EXTRAPOLATION, extrapolated_table(record).markdown()]
         for name, rows in record.boundary_us.items():
             blocks += [f"### {markdown_text(name)}: cost of a call", boundary_table(rows).markdown()]
         blocks += ["### History", markdown_text(section.history)]
@@ -189,6 +197,9 @@ def _record_html(section: Section, anchor: str) -> str:
             parts.append(f'<p class="note">{BARS}</p><div class="wide">{chart}</div>')
         if rows := record.boundary_us.get(operator):
             parts.append(_table_html(boundary_table(rows)))
+    if record.extrapolations:
+        table = _table_html(extrapolated_table(record))
+        parts.append(f'<h3>{EXTRAPOLATED}</h3><p class="note">{escape(EXTRAPOLATION)}</p>{table}')
     for name, rows in record.boundary_us.items():
         if name not in record.operators:
             parts.append(f"<h3>{escape(name)}: cost of a call</h3>{_table_html(boundary_table(rows))}")

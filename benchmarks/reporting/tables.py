@@ -78,6 +78,20 @@ def operator_table(cases: Sequence[RecordedCase]) -> Table:
     return Table(list(kept), list(zip(*kept.values(), strict=True)))
 
 
+def extrapolated_table(record: Record) -> Table:
+    """What the run extrapolated: per sample, or per call where cases count none; and from what."""
+    rows = []
+    for case in record.extrapolations:
+        ours = next(iter(case["contenders"].values()))
+        for name, values in case["contenders"].items():
+            seconds = values.get("seconds_per_sample", values["median_us"] / 1e6)
+            least, most = (seconds * us / values["median_us"] for us in values["least_and_most_us"])
+            ratio = NOTHING if values is ours else times(values["median_us"] / ours["median_us"])
+            cells = f"{1e3 * seconds:,.1f}", f"{1e3 * least:,.1f} to {1e3 * most:,.1f}", ratio
+            rows.append([f"{case['operator']} {case['case']}: {name}", case["how"], *cells])
+    return Table(["case", "how", "ms per sample", "by the measurements' spread", "ours is as fast"], rows)
+
+
 def absent_peers(cases: Sequence[RecordedCase]) -> list[str]:
     """A sentence for each peer that was timed in no case, with its reasons."""
     sentences = []

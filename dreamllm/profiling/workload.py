@@ -118,10 +118,9 @@ def prepare(
     `fake`: tensors have shapes but no memory, so that a 7b fits everywhere and a step takes seconds.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with mode, _default_dtype(torch.bfloat16 if precision == "pure_bfloat16" else torch.float32):
-        model = make_model(size, seed)
-        if not fake:
-            model = model.to(device)
+    dtype = torch.bfloat16 if precision == "pure_bfloat16" else torch.float32
+    with mode:
+        model = make_model(size, seed, None if fake else device, dtype)
         optimizer = make_optimizer(prepare_model(model, config), config)
         model.use_less_memory()  # as a run does by default
         optimizer.step()  # on zero gradients: makes the moments, changes nothing
@@ -132,13 +131,3 @@ def as_fake(batch: PackedBatch, step: PreparedStep) -> PackedBatch:
     """`batch` for a step on fake tensors."""
     assert isinstance(step.mode, FakeTensorMode)
     return batch._map(step.mode.from_tensor)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

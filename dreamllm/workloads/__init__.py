@@ -1,7 +1,7 @@
 """Reference workloads: model sizes and the stages of the paper on synthetic documents, for measuring and planning."""
 
 from dreamllm.workloads.documents import DOCUMENT_KINDS, PROMPT_KINDS, SyntheticDocuments
-from dreamllm.workloads.sizes import SIZES, make_model, make_processor, model_config, model_size
+from dreamllm.workloads.sizes import SIZES, made_with, make_model, make_processor, model_config, model_size
 from dreamllm.workloads.stages import STAGES, Stage, parts, stage, stage_config
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "STAGES",
     "Stage",
     "SyntheticDocuments",
+    "made_with",
     "make_model",
     "make_processor",
     "model_config",

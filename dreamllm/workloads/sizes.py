@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,12 +160,18 @@ def model_size(name: str) -> ModelSize:
     raise ValueError(f"unknown size {name!r}.{meant} Known sizes:{known}")
 
 
-def model_config(name: str, **changes: Any) -> DreamLLMConfig:
-    """The configuration of size `name`; `changes` are further `DreamLLMConfig` fields."""
+def model_config(name: str, layers: int | None = None, **changes: Any) -> DreamLLMConfig:
+    """The configuration of size `name`; `changes` are further `DreamLLMConfig` fields.
+
+    `layers`: of the decoder, where not as many as the size has. Raises `ValueError` for fewer than one.
+    """
     size = model_size(name)
+    if layers is not None and layers < 1:
+        raise ValueError(f"a decoder has at least 1 layer, not {layers}")
     return DreamLLMConfig(
         text_config={
             **size.text,
+            **({} if layers is None else {"num_hidden_layers": layers}),
             "vocab_size": size.words + ADDED_TOKENS,
             "max_position_embeddings": size.max_length,
             "tie_word_embeddings": False,
@@ -179,11 +187,33 @@ def model_config(name: str, **changes: Any) -> DreamLLMConfig:
     )
 
 
-def make_model(name: str, seed: int = 0, **changes: Any) -> DreamLLM:
-    """A model of size `name` with random weights that follow from `seed`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return DreamLLM(model_config(name, **changes))
+@contextmanager
+def made_with(seed: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Modules made inside get random weights that follow from `seed`, made where and as what they are to be.
+
+    A 7b then never exists in float32 or in the host's memory. None: PyTorch's own defaults.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.random.fork_rng(), nullcontext() if device is None else torch.device(device):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_model(
+    name: str,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    layers: int | None = None,
+    **changes: Any,
+) -> DreamLLM:
+    """A model of size `name` with random weights that follow from `seed`; see `made_with` and `model_config`."""
+    with made_with(seed, device, dtype):
+        return DreamLLM(model_config(name, layers, **changes))
 
 
 def make_tokenizer(size: ModelSize) -> PreTrainedTokenizerFast:

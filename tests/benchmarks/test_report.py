@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.harness import Case
+from benchmarks.extrapolation import extrapolations
+from benchmarks.harness import Case, Part, Result, Timing
 from benchmarks.reporting.history import committed_versions, trends
 from benchmarks.reporting.records import load_record, parse_record
 from benchmarks.reporting.report import as_html, as_markdown, make_section, write_report
 from benchmarks.reporting.static import static_report
 from benchmarks.reporting.tables import absent_peers, markdown_text, microseconds, operator_table, times
 from benchmarks.running import run
+from benchmarks.timing import Times
 from tests.support.benchmark_records import make_record, scaled
 
 VOID = {"meta", "br", "img", "link"}
@@ -93,6 +95,32 @@ def test_figures_are_those_of_the_definitions():
     assert read.copy_gb_per_second == pytest.approx(20)
     row = operator_table([read]).rows[0]
     assert list(row) == [case["case"], "200.0", "+25%", "500.0 (2.50x)", "75%", "120"]
+
+
+def test_what_was_extrapolated_is_shown_apart_and_called_so(tmp_path):
+    def of_layers(n):
+        part, contenders = Part("layers", n, 32), {"ours": n, "original pattern": 3 * n}
+        case = Case("7b stage2", f"{part.note}8 documents", list, dict.fromkeys(contenders, list), 0, 0, 0.0, part=part)
+        timings = [Timing(name, Times(us, us, us, us, 5)) for name, us in contenders.items()]
+        return Result(case, copy_minimum_us=1.0, timings=timings)
+
+    results = [of_layers(2), of_layers(6)]
+    record = make_record() | {"extrapolations": [found.record() for found in extrapolations(results)]}
+    record["cases"] += [result.record() for result in results]
+    html, markdown = page_of(tmp_path, record)
+    page = Page(html)
+    assert "Extrapolated, not measured" in page.texts
+    assert "### Extrapolated, not measured" in markdown
+    rows = [row for row in markdown.splitlines() if "extrapolated, not measured: to 32 layers on the straight" in row]
+    assert [row.split("|")[-2].strip() for row in rows] == ["-", "3.00x"]
+    assert "7b stage2 8 documents: ours" in page.cells
+    measured = parse_record("r", json.dumps(record)).cases
+    assert {case.label for case in measured if case.operator == "7b stage2"} == {
+        "2 of 32 layers, 8 documents",
+        "6 of 32 layers, 8 documents",
+    }
+    without = page_of(tmp_path, make_record())
+    assert not any("xtrapolated" in text for text in without)
 
 
 def test_bars_have_lengths_in_proportion_to_the_logarithm_and_slower_ones_point_left(tmp_path):

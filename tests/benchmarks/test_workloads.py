@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import Case, check_contenders, measure
+from benchmarks.extrapolation import extrapolations
+from benchmarks.harness import Case, Deferred, NotHereError, Part, Result, Timing, check_contenders, measure
+from benchmarks.models import bench_dreamllm
 from benchmarks.models.inference import inference_workloads
+from benchmarks.models.setting import LARGE, Setting, in_float32
 from benchmarks.models.workloads import COMPILED, KEEPING, OURS, PATTERN, workloads
+from benchmarks.timing import Times
 
-WORKLOADS = workloads("tiny", compiled=False)
-INFERENCE = inference_workloads("tiny", steps=4)
+WORKLOADS = workloads(Setting("tiny"), compiled=False)
+INFERENCE = inference_workloads(Setting("tiny"), steps=4)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -73,3 +77,125 @@ def test_another_failure_and_a_wrong_result_are_errors():
     wrong = {**ours, "b": lambda: torch.ones(1)}
     with pytest.raises(AssertionError, match="a and b differ"):
         check_contenders(Case("x", "", list, wrong, 1, 0, 0.0, fallible=("b",)))
+
+
+# -- in bfloat16, in parts, on a GPU -----------------------------------------------------------------------------------
+
+LOW = Setting("tiny", dtype=torch.bfloat16)
+LOW_WORKLOADS = workloads(LOW, compiled=False, layer_counts=(1, 2), steps=4) | inference_workloads(LOW, steps=2)
+
+
+@pytest.mark.parametrize("name", LOW_WORKLOADS)
+def test_contenders_agree_as_far_as_bfloat16_rounds(name):
+    case = LOW_WORKLOADS[name]()
+    assert check_contenders(case) == {}
+    assert "bfloat16" in case.label
+    held = int(name.split("_")[1]) if name.endswith("_layers") else None
+    assert (None if case.part is None else (case.part.held, case.part.whole)) == (held and (held, 2))
+    assert (f"{held} of 2 layers" in case.label) == (held is not None)
+
+
+@pytest.mark.parametrize("result", [0, 1, 3])
+def test_what_rounding_does_not_explain_is_found_in_bfloat16(result):
+    """Losses that are off by 2%, a gradient norm that is off by 15%."""
+    case = LOW_WORKLOADS["stage2_2_layers"]()
+    ours = case.contenders[OURS]
+
+    def off():
+        values = list(ours())
+        values[result] = values[result] * (1.15 if result == 3 else 1.02)
+        return values
+
+    case.contenders[OURS] = off
+    with pytest.raises(AssertionError, match=f"{OURS} and .* differ by .* is allowed"):
+        check_contenders(case)
+
+
+def test_a_token_that_rounding_does_not_explain_is_found():
+    case = LOW_WORKLOADS["captioning_greedy"]()
+    tokens = case.contenders[OURS]()
+    assert case.wrong([tokens]) == ""
+    for position in (0, 15, 31):
+        other = tokens.clone()
+        other[position] = 40 if tokens[position] != 40 else 41
+        assert "below the likeliest one, but rounding explains" in case.wrong([other])
+    assert "are not 32 tokens" in case.wrong([tokens[:5]])
+    case.contenders[PATTERN] = lambda: tokens.roll(1)
+    with pytest.raises(AssertionError, match="original pattern: a chosen token"):
+        check_contenders(case)
+
+
+def test_weights_come_back_from_float32_as_they_were():
+    model = LOW.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objects = list(map(id, model.parameters()))
+    with in_float32(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert list(map(id, model.parameters())) == objects
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_setting_makes_what_it_says():
+    model = LOW.with_layers(1).model()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert len(model.decoder.layers) == 1
+    assert model.decoder.rotary_emb.inv_freq.dtype == torch.float32
+    again = LOW.with_layers(1).model()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert Setting.usual("7b", "cuda") == Setting("7b", "cuda", torch.bfloat16)
+    assert Setting.usual("mini").dtype == torch.float32
+    with pytest.raises(ValueError, match="at least 1 layer, not 0"):
+        LOW.with_layers(0).model()
+
+
+def test_the_7b_runs_on_a_gpu_only_and_case_by_case():
+    with pytest.raises(NotHereError, match="needs a GPU"):
+        next(bench_dreamllm.cases("cpu", "working"))
+    found = list(bench_dreamllm.cases("cuda", "working"))
+    assert all(isinstance(case, Deferred) for case in found)
+    names = [case.name for case in found]
+    assert {f"{LARGE} {kind}_{layers}_layers" for kind in ("stage2", "stage3") for layers in (2, 6)} <= set(names)
+    small = [case.name for case in bench_dreamllm.cases("cuda", "small")]
+    assert len(names) == len(small) + 2
+    assert "mini stage2" in small
+
+
+def of_layers(held, whole=10, **medians):
+    label, part = f"{held} of {whole} layers, 8 documents", Part("layers", held, whole)
+    case = Case("7b stage2", label, list, dict.fromkeys(medians, list), 0, 0, 0.0, samples=8, part=part)
+    times = {name: Times(median - 2, median, median - 1, median + 2, 5) for name, median in medians.items()}
+    return Result(case, timings=[Timing(name, found) for name, found in times.items()])
+
+
+def test_two_counts_of_layers_become_an_extrapolation():
+    """In which every layer costs 3 us of ours and 5 us of the pattern; the middle one of three counts is not needed."""
+    results = [of_layers(n, ours=7.0 + 3 * n, theirs=9.0 + 5 * n, noise=50.0 - n) for n in (2, 3, 6)]
+    (found,) = extrapolations(results)
+    assert (found.operator, found.label) == ("7b stage2", "8 documents")
+    assert found.how == "extrapolated, not measured: to 10 layers on the straight line through 2 and 6"
+    assert list(found.lines) == ["ours", "theirs"]  # the third became faster with more layers
+    assert (found.lines["ours"].median_us, found.lines["ours"].each_us) == (37.0, 3.0)
+    assert found.times_as_fast_as("theirs") == pytest.approx(59 / 37)
+    assert found.record()["contenders"]["theirs"]["seconds_per_sample"] == pytest.approx(59e-6 / 8, abs=1e-6)
+    assert results[0].record()["part"] == {"unit": "layers", "held": 2, "whole": 10}
+    assert extrapolations(results[:1]) == []
+
+
+def test_the_spread_of_an_extrapolation_is_that_of_its_ends():
+    """From 15, a high 13, to 24, a low 25: 33 at ten layers. From 12 to 27: 42."""
+    (found,) = extrapolations([of_layers(2, ours=13.0), of_layers(6, ours=25.0)])
+    line = found.lines["ours"]
+    assert (line.least_us, line.median_us, line.most_us) == (33.0, 37.0, 42.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WORKLOADS | INFERENCE)
+def test_contenders_agree_on_a_gpu(name, dtype):
+    setting = Setting("mini", "cuda", dtype)
+    case = (workloads(setting, compiled=False, steps=8) | inference_workloads(setting, steps=4))[name]()
+    result = measure(case, rounds=1, seconds=0.1)
+    assert result.failures == {}
+    assert all(peak > 0 for peak in result.peak_extra_bytes.values())
