@@ -2,7 +2,7 @@
 
 - dreamkernels/_cpu.abi3.so: CPU operators against LibTorch's stable ABI, independent of the torch and Python version.
 - dreamkernels/_cuda.abi3.so: CUDA operators, compiled by nvcc for sm_80, sm_90 and PTX; also loads on a CPU-only torch.
-- dreamkernels/_C.*.so: pybind11 module without torch: build information and sequence packing.
+- dreamkernels/_C.*.so: pybind11 module without torch: build information, sequence packing, resizing of pictures.
 
 Settings, read from the environment because pip passes nothing else through reliably:
 
@@ -185,7 +185,7 @@ class Plan:
         self._write_build_information(information)
         include = [pybind11.get_include(), sysconfig.get_path("include"), str(self.work / "generated")]
         flags = [f"-isystem{path}" for path in include]
-        for source in (ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "packing.cpp"):
+        for source in sorted((ROOT / "csrc").glob("*.cpp")):
             library.objects.append(self._compile(cxx, source, "", flags))
         extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         library.link = self._link(cxx, library, output, extra)
@@ -292,7 +292,7 @@ class BuildNative(build_ext):
         if importlib.util.find_spec("pybind11"):
             libraries.append(plan.pybind(cxx, output["_C"], self._information(cxx, nvcc)))
         else:
-            say("pybind11 not found: installing without dreamkernels._C (sequence packing runs in Python, more slowly)")
+            say("pybind11 not found: installing without dreamkernels._C (packing and resizing run more slowly)")
         run_steps(libraries, work)
         self._judge(libraries)
 

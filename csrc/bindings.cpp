@@ -1,11 +1,15 @@
 // dreamkernels._C: what is not an operator. No torch headers, so it builds in seconds and works with any torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <utility>
 
 #include "build_information.h"
 #include "packing.h"
+#include "resize.h"
 
 namespace py = pybind11;
 
@@ -37,6 +41,28 @@ py::tuple pack_sequences(const Lengths& lengths, int64_t budget, int64_t look_ah
   return py::make_tuple(bin_of, bins);
 }
 
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+void resize_crop(const Bytes& picture, std::pair<int64_t, int64_t> size, std::array<int64_t, 4> window, bool bicubic,
+                 bool down_first, Bytes& to) {
+  const auto [columns, rows] = size;
+  const auto [left, top, width, height] = window;
+  if (picture.ndim() != 3 || picture.shape(2) != 3 || picture.size() == 0) throw py::value_error("picture must be bytes [H, W, 3]");
+  if (columns < 1 || rows < 1) throw py::value_error("size must be at least 1 x 1");
+  if (left < 0 || top < 0 || width < 1 || height < 1 || left + width > columns || top + height > rows) {
+    throw py::value_error("the window must lie inside the resized picture");
+  }
+  if (to.ndim() != 3 || to.shape(0) != height || to.shape(1) != width || to.shape(2) != 3) {
+    throw py::value_error("out must have the shape of the window");
+  }
+  const uint8_t* from = picture.data();
+  uint8_t* into = to.mutable_data();
+  const auto filter = bicubic ? dreamkernels::Filter::bicubic : dreamkernels::Filter::bilinear;
+  py::gil_scoped_release release;
+  dreamkernels::resize_crop(from, picture.shape(0), picture.shape(1), columns, rows, {left, top, width, height}, filter, down_first,
+                            into);
+}
+
 py::dict build_information() {
   py::dict information;
   for (const auto& [key, value] : kBuildInformation) information[key] = value;
@@ -46,7 +72,9 @@ py::dict build_information() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and sequence packing; use dreamkernels.build_information and dreamkernels.packing.";
+  m.doc() = "What is no operator; use dreamkernels.build_information, dreamkernels.packing and dreamkernels.pictures.";
   m.def("build_information", &build_information);
   m.def("pack_sequences", &pack_sequences, py::arg("lengths"), py::arg("budget"), py::arg("look_ahead"));
+  m.def("resize_crop", &resize_crop, py::arg("picture"), py::arg("size"), py::arg("window"), py::arg("bicubic"), py::arg("down_first"),
+        py::arg("out").noconvert());
 }

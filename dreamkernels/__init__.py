@@ -40,6 +40,7 @@ from dreamkernels.ops import (
 )
 from dreamkernels.ops.operator import FallbackWarning
 from dreamkernels.packing import pack_sequences
+from dreamkernels.pictures import resize_crop, resizes_pictures
 from dreamkernels.version import __version__
 
 libraries.load()
@@ -73,6 +74,8 @@ __all__ = [
     "linear_cross_entropy",
     "ops",
     "pack_sequences",
+    "resize_crop",
+    "resizes_pictures",
     "rms_norm",
     "rotary",
     "rotary_tables",
