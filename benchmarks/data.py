@@ -2,9 +2,10 @@
 
     python -m benchmarks.data [--stage 2] [--size 7b] [--batches 8] [--workers 2] [--rounds 5]
 
-Loading also tokenises, packs, converts pictures and, with workers, hands batches over to this process. Both run on the
-same number of threads: one, or one per worker, from start to end, forks included, one after the other in each round;
-the median over the rounds counts.
+Loading also crops, tokenises, packs and, with workers, hands batches over to this process. Both run on the same number
+of threads: one, or one per worker, from start to end, forks included, one after the other in each round; the median
+over the rounds counts. The last rows also make float32 pixel values in this process, which is a GPU's work where there
+is one.
 """
 
 from __future__ import annotations
@@ -76,9 +77,14 @@ def measure(stage: str, size: str, batches: int, workers: int, rounds: int) -> l
         ]
         documents = sum(map(len, groups))
         pictures = sum(len(document.images) + len(document.targets) for group in groups for document in group)
-        seconds = _alternate([_bare_in(groups, workers), _loader(loading, batches, workers)], rounds)
-        for what, time_taken in zip((f"Pillow alone, {name}", f"loader, {name}"), seconds, strict=True):
-            measured.append(Measured(what, documents / time_taken, pictures / time_taken, seconds[0] / time_taken))
+        runs = {
+            "Pillow alone": _bare_in(groups, workers),
+            "loader": _loader(loading, batches, workers),
+            "loader and pixel values": _loader(loading, batches, workers, device="cpu"),
+        }
+        seconds = _alternate(list(runs.values()), rounds)
+        for what, taken in zip(runs, seconds, strict=True):
+            measured.append(Measured(f"{what}, {name}", documents / taken, pictures / taken, seconds[0] / taken))
     return measured
 
 
@@ -98,10 +104,11 @@ def _bare_in(groups: Sequence[Sequence[EncodedDocument]], workers: int) -> Calla
     return run
 
 
-def _loader(loading: Batches, batches: int, workers: int) -> Callable[[], None]:
+def _loader(loading: Batches, batches: int, workers: int, device: str | None = None) -> Callable[[], None]:
     def run() -> None:
-        for _ in load_steps(loading, range(1), 1, LoaderState.initial(1), workers, steps=batches):
-            pass
+        for (loaded,) in load_steps(loading, range(1), 1, LoaderState.initial(1), workers, steps=batches):
+            if device is not None:
+                loaded.batch.to(device)
 
     return run
 

@@ -31,7 +31,7 @@ SIZE = "mini"
 def predicted_seconds(workload: str, documents: int, precision: Precision, records: Records) -> float:
     """From a step on tensors without contents and the records."""
     config = stage_config(workload, SIZE, documents)
-    batch = stage_batches(config, make_processor(SIZE))[0].batch
+    batch = stage_batches(config, make_processor(SIZE))[0].batch.to("cpu")
     step = prepare(SIZE, config, precision, fake=True)
     recording = step.record(as_fake(batch, step), batch.cu_seqlens.diff().tolist(), timed=False)
     return operators_time(recording.operators, find_device("cpu", records), records).seconds
@@ -40,7 +40,7 @@ def predicted_seconds(workload: str, documents: int, precision: Precision, recor
 def measured_seconds(workload: str, documents: int, precision: Precision, steps: int) -> float:
     """The median of `steps` steps after one."""
     config = stage_config(workload, SIZE, documents)
-    batch = stage_batches(config, make_processor(SIZE))[0].batch
+    batch = stage_batches(config, make_processor(SIZE))[0].batch.to("cpu")
     step = prepare(SIZE, config, precision)
     step.run([batch])
     times = []

@@ -48,7 +48,7 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[float]
         optimizer = make_optimizer(prepare_model(model, stage), stage)
         loaded = load_steps(stage_batches(stage, processor), range(1), 1, LoaderState.initial(1), steps=stage.steps)
         for number, (lane,) in enumerate(loaded):
-            train_step(model, optimizer, [lane.batch], stage, torch.Generator().manual_seed(number))
+            train_step(model, optimizer, [lane.batch.to("cpu")], stage, torch.Generator().manual_seed(number))
 
     def trainer(checkpoint_every: int) -> None:
         with tempfile.TemporaryDirectory() as folder, processes("cpu") as these, InterruptRequest() as interrupt:

@@ -31,7 +31,10 @@ LoadingError = TooManyBadSamplesError | LatentCacheError
 
 @dataclass
 class LoadedBatch:
-    """The batch of `plan` and what was wrong with the samples drawn for it."""
+    """The batch of `plan` and what was wrong with the samples drawn for it.
+
+    Its pictures are bytes: `batch.to(device)` makes pixel values of them.
+    """
 
     plan: BatchPlan
     batch: PackedBatch
@@ -182,7 +185,7 @@ class Batches(Dataset):
             problems.extend(sample.problems)
         moments = None if self.latents is None else [row for sample in prepared for row in sample.moments]
         encoded = [sample.encoded for sample in prepared]
-        batch = self.encoder.pack(encoded, with_null=self.settings.with_null, moments=moments)
+        batch = self.encoder.pack(encoded, with_null=self.settings.with_null, moments=moments, as_bytes=True)
         return LoadedBatch(plan, batch, problems)
 
     def _fixed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:

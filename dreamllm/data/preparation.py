@@ -36,6 +36,7 @@ class Encoder(Protocol):
         documents: Sequence[EncodedDocument],
         with_null: bool = False,
         moments: Sequence[Tensor | None] | None = None,
+        as_bytes: bool = False,
     ) -> PackedBatch: ...
 
 

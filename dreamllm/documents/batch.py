@@ -17,14 +17,36 @@ from dreamllm.documents.layout import IGNORE_INDEX, SequenceLayout
 from dreamllm.documents.picture import PictureSource, load_picture
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures [N, C, h, w]: pixel values in float32, or bytes with a `table`.
+
+    `table`, float32 [C, 256], holds what each byte of each channel stands for. Bytes are a quarter of the memory to be
+    written, handed over between processes and copied to a device; there, `expanded` looks them up.
+    """
+
+    values: torch.Tensor
+    table: torch.Tensor | None = None
+
+    def expanded(self) -> torch.Tensor:
+        """The pixel values, float32, on the device of `values`: the same bits on every device."""
+        if self.table is None:
+            return self.values
+        pixels = torch.empty(self.values.shape, dtype=self.table.dtype, device=self.values.device)
+        for channel, meanings in enumerate(self.table):
+            places = self.values[:, channel]
+            pixels[:, channel] = meanings.index_select(0, places.reshape(-1).int()).view(places.shape)
+        return pixels
+
+
 class PictureTransforms(Protocol):
     """Turns pictures into tensors; implemented by the processor."""
 
-    def vision(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB pictures -> CLIP pixel values [N, 3, h, w], float32."""
+    def vision_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """RGB pictures -> what CLIP reads, [N, 3, h, w]."""
 
-    def target(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB pictures -> diffusion targets [N, C, H, W] in [-1, 1], float32."""
+    def target_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """RGB pictures -> diffusion targets [N, C, H, W], which stand for values in [-1, 1]."""
 
 
 @dataclass
@@ -37,7 +59,9 @@ class PackedBatch:
       features [N * tokens_per_image] and the dream queries [Q] that stands at this position.
     - `dream_positions`: int64 [M, Q], positions of the queries of each created picture, in reading order.
     - `loss_positions`, `loss_targets`: int64 [K], positions that predict a learned token, and that token.
-    - `pixel_values`: float32 [N, 3, h, w] or None; `target_pixel_values`: float32 [M, C, H, W] or None.
+    - `pixel_values`: float32 [N, 3, h, w] or None; `target_pixel_values`: float32 [M, C, H, W] or None. In a batch that
+      was packed `as_bytes` they are uint8, and `pixel_table` [3, 256] and `target_pixel_table` [C, 256] say what each
+      byte stands for (`Pixels`); `to` makes them float32 on the device.
     - `target_latents`: float32 [M, c, h', w'] or None, scaled; where they are known, no picture is encoded.
     - `target_moments`: [M, 2c, h', w'] or None, mean and log-variance of the VAE's posterior of each created picture,
       not scaled. `target_pixel_values` then holds only the pictures whose moments are not known (None: all are), and
@@ -58,6 +82,8 @@ class PackedBatch:
     max_seqlen: int
     pixel_values: torch.Tensor | None = None
     target_pixel_values: torch.Tensor | None = None
+    pixel_table: torch.Tensor | None = None
+    target_pixel_table: torch.Tensor | None = None
     target_latents: torch.Tensor | None = None
     target_moments: torch.Tensor | None = None
     unknown_moments: torch.Tensor | None = None
@@ -74,7 +100,15 @@ class PackedBatch:
         return len(self.names)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on `device`, with pictures as float32 pixel values."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(
+            moved,
+            pixel_values=_expanded(moved.pixel_values, moved.pixel_table),
+            target_pixel_values=_expanded(moved.target_pixel_values, moved.target_pixel_table),
+            pixel_table=None,
+            target_pixel_table=None,
+        )
 
     def pin_memory(self) -> PackedBatch:
         return self._map(lambda tensor: tensor.pin_memory())
@@ -84,15 +118,19 @@ class PackedBatch:
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
-def empty_pixels(*shape: int) -> torch.Tensor:
-    """An uninitialised float32 tensor to write pictures into.
+def _expanded(values: torch.Tensor | None, table: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else Pixels(values, table).expanded()
+
+
+def empty_bytes(*shape: int) -> torch.Tensor:
+    """An uninitialised uint8 tensor to write pictures into.
 
     In a worker process of a `DataLoader` it lies in shared memory, in which it would else be copied to be handed over.
     """
     if get_worker_info() is None:
-        return torch.empty(shape)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # as torch's collation
-    return torch.empty(0).set_(storage).view(shape)
+        return torch.empty(shape, dtype=torch.uint8)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's collation
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def null_sequence(layout: SequenceLayout) -> EncodedDocument:
@@ -109,14 +147,15 @@ def pack_batch(
     transforms: PictureTransforms,
     with_null: bool = False,
     moments: Sequence[torch.Tensor | None] | None = None,
+    as_bytes: bool = False,
 ) -> PackedBatch:
     """Packs `documents` into one batch, loading and transforming their pictures.
 
     `with_null` appends the empty prompt as one more sequence (needed for condition dropout). `moments`, one of
     [2c, h', w'] or None for each picture to create in reading order: where they are known the picture is not touched
-    (the VAE's posterior, see `PackedBatch.target_moments`). Raises `ValueError` for
-    an empty list, an id outside the vocabulary, or slots that do not match the pictures; `PictureError` for a picture
-    that cannot be read.
+    (the VAE's posterior, see `PackedBatch.target_moments`). `as_bytes` leaves pictures as bytes where the transform
+    allows it, until `PackedBatch.to` makes pixel values of them. Raises `ValueError` for an empty list, an id outside
+    the vocabulary, or slots that do not match the pictures; `PictureError` for a picture that cannot be read.
     """
     if not documents:
         raise ValueError("a batch needs at least one document")
@@ -134,9 +173,11 @@ def pack_batch(
     known, unknown = _moments(moments, len(targets))
     if unknown is not None:
         targets = [targets[i] for i in unknown.tolist()]
+    read = transforms.vision_pixels(_load(images)) if images else None
+    drawn = transforms.target_pixels(_load(targets)) if targets else None
     dream_starts = _absolute([s.dream_starts for s in documents], offsets)
     queries = np.arange(layout.num_dream_queries)
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
@@ -146,14 +187,17 @@ def pack_batch(
         loss_positions=torch.from_numpy(targets_at - 1),
         loss_targets=torch.from_numpy(labels[targets_at]),
         max_seqlen=int(lengths.max()),
-        pixel_values=transforms.vision(_load(images)) if images else None,
-        target_pixel_values=transforms.target(_load(targets)) if targets else None,
+        pixel_values=None if read is None else read.values,
+        pixel_table=None if read is None else read.table,
+        target_pixel_values=None if drawn is None else drawn.values,
+        target_pixel_table=None if drawn is None else drawn.table,
         target_moments=known,
         unknown_moments=unknown,
         null_positions=torch.from_numpy(offsets[-2] + 2 + queries) if with_null else None,
         names=tuple(s.name for s in documents),
         query_spans=_query_spans(sequences, offsets, layout),
     )
+    return batch if as_bytes else batch.to("cpu")
 
 
 def _moments(

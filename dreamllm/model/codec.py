@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamkernels.integrations.diffusers import optimize
 from dreamllm.model.configuration import DreamLLMConfig
+from dreamllm.model.pixels import check_pixels
 from dreamllm.model.weights import SAFETENSORS, CheckpointError, load_into
 
 
@@ -87,7 +88,11 @@ def vae_fingerprint(codec: Codec) -> dict[str, str]:
 def encode_pictures(
     codec: Codec, pixels: Tensor, generator: torch.Generator | None = None, pictures_per_pass: int | None = None
 ) -> Tensor:
-    """Pixels [N, C, H, W] in [-1, 1] -> scaled latents: a sample of the VAE's posterior, as the original trains."""
+    """Pixels [N, C, H, W] in [-1, 1] -> scaled latents: a sample of the VAE's posterior, as the original trains.
+
+    Raises `ValueError` for bytes in place of pixel values.
+    """
+    check_pixels(pixels)
     if isinstance(codec, IdentityCodec):
         return pixels
     return sample_moments(codec, encode_moments(codec, pixels, pictures_per_pass), generator)
@@ -96,8 +101,9 @@ def encode_pictures(
 def encode_moments(codec: AutoencoderKL, pixels: Tensor, pictures_per_pass: int | None = None) -> Tensor:
     """Pixels [N, C, H, W] in [-1, 1] -> mean and log-variance [N, 2c, h, w] of the VAE's posterior, not scaled.
 
-    They have the dtype in which the VAE computes.
+    They have the dtype in which the VAE computes. Raises `ValueError` for bytes in place of pixel values.
     """
+    check_pixels(pixels)
     parts = pixels.to(codec.dtype).split(pictures_per_pass or max(1, pixels.shape[0]))
     posteriors = [codec.encode(part).latent_dist for part in parts]
     return torch.cat([torch.cat([posterior.mean, posterior.logvar], dim=1) for posterior in posteriors])

@@ -34,6 +34,7 @@ from dreamllm.model.creation import CreationSplit, Packing, dependent_states, wh
 from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
 from dreamllm.model.memory import Recompute
 from dreamllm.model.memory import recompute_layers as recompute_layers_of
+from dreamllm.model.pixels import check_pixels
 from dreamllm.model.projector import Projector
 from dreamllm.model.slots import find_slots
 from dreamllm.model.weights import CheckpointError
@@ -235,6 +236,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         size = self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values must be [N, 3, {size}, {size}], not {list(pixel_values.shape)}")
+        check_pixels(pixel_values)
         states = self.vision_model(pixel_values.to(self.vision_model.dtype), output_hidden_states=True).hidden_states
         return self.visual_projector(states[self.config.select_layer][:, 1:])
 

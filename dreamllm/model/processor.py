@@ -27,7 +27,7 @@ from dreamllm.documents import (
     load_picture,
     pack_batch,
 )
-from dreamllm.documents.batch import check_encoded
+from dreamllm.documents.batch import Pixels, check_encoded
 from dreamllm.documents.formats import prompt
 from dreamllm.documents.layout import IGNORE_INDEX, PAD_TOKEN
 from dreamllm.documents.picture import PictureSource
@@ -133,9 +133,10 @@ class DreamLLMProcessor(ProcessorMixin):
         documents: Sequence[EncodedDocument],
         with_null: bool = False,
         moments: Sequence[Tensor | None] | None = None,
+        as_bytes: bool = False,
     ) -> PackedBatch:
         """Encoded documents -> one packed batch with transformed pictures. See `pack_batch`."""
-        return pack_batch(documents, self.layout, self, with_null, moments)
+        return pack_batch(documents, self.layout, self, with_null, moments, as_bytes)
 
     def pad(self, documents: Sequence[EncodedDocument], padding_side: str = "right") -> dict[str, Tensor]:
         """Encoded documents -> a padded batch for `DreamLLM.forward` and `generate`."""
@@ -196,10 +197,18 @@ class DreamLLMProcessor(ProcessorMixin):
 
     def vision(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> CLIP pixel values [N, 3, h, w], float32."""
-        return self._vision(images)
+        return self.vision_pixels(images).expanded()
 
     def target(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> diffusion targets [N, C, size, size] in [-1, 1]: short side resized, centre crop."""
+        return self.target_pixels(images).expanded()
+
+    def vision_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """What `vision` returns, as bytes if the image processor is of the usual kind."""
+        return self._vision(images)
+
+    def target_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        """What `target` returns, as bytes."""
         return target_pixels(images, self.settings.target_size, self.settings.target_channels)
 
     def describe_target(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreamllm.data import Mixture, derive_seed
 from dreamllm.documents import EncodedDocument, PackedBatch
-from dreamllm.documents.batch import pack_batch
+from dreamllm.documents.batch import Pixels, pack_batch
 from dreamllm.workloads import make_processor, model_config, stage_config
 
 DRAWN_DOCUMENTS = 512
@@ -99,11 +99,11 @@ class _NoPictures:
         self.vision_side = config.vision_config.image_size
         self.target_shape = (config.picture_channels, config.picture_size, config.picture_size)
 
-    def vision(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.empty(len(images), 3, self.vision_side, self.vision_side)
+    def vision_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        return Pixels(torch.empty(len(images), 3, self.vision_side, self.vision_side))
 
-    def target(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.empty(len(images), *self.target_shape)
+    def target_pixels(self, images: Sequence[Image.Image]) -> Pixels:
+        return Pixels(torch.empty(len(images), *self.target_shape))
 
 
 def pack(documents: Sequence[EncodedDocument], size: str) -> PackedBatch:

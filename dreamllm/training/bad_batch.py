@@ -36,4 +36,4 @@ def load_stored_batch(path: str | Path) -> tuple[dict[str, Any], list[PackedBatc
     """Reads the file of a batch whose loss was not finite: (step, stage, losses), and its packed batches."""
     stored = torch.load(path, weights_only=True)
     batches = [PackedBatch(**{**values, "names": tuple(values["names"])}) for values in stored.pop("batches")]
-    return stored, batches
+    return stored, [batch.to("cpu") for batch in batches]

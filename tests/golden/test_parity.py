@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from dreamllm.documents import EncodedDocument, pack_batch
+from dreamllm.documents.batch import Pixels
 from dreamllm.model import DiffusionDraws, load_original
 from dreamllm.model.attention import PackedLayout
 from tests.golden import reference
@@ -112,11 +113,11 @@ def test_packed_losses_equal_the_padded_ones():
 class NoTransforms:
     """Stands in for the processor where the pixels are given."""
 
-    def vision(self, images):
-        return torch.zeros(len(images))
+    def vision_pixels(self, images):
+        return Pixels(torch.zeros(len(images)))
 
-    def target(self, images):
-        return torch.zeros(len(images))
+    def target_pixels(self, images):
+        return Pixels(torch.zeros(len(images)))
 
 
 def rebuild(row: list[int], labels: list[int], layout) -> EncodedDocument:

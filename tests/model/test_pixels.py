@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamllm.model.pixels import VisionPixels, target_pixels
+from dreamkernels import libraries
+from dreamllm.model.pixels import VisionPixels, check_pixels, target_pixels
 from dreamllm.model.processor import CLIPImageProcessorPil
 
 SIZES = [(224, 224), (225, 224), (640, 480), (333, 1001), (57, 80), (1, 1), (3, 400), (500, 223), (448, 448)]
@@ -34,7 +35,7 @@ OTHERWISE = {
 def test_vision_is_the_image_processors_own(settings):
     processor = CLIPImageProcessorPil(**settings)
     expected = processor(pictures(), return_tensors="pt")["pixel_values"].float()
-    found = VisionPixels(processor)(pictures())
+    found = VisionPixels(processor)(pictures()).expanded()
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
 
@@ -42,22 +43,23 @@ def test_vision_is_the_image_processors_own(settings):
 def test_vision_follows_a_processor_that_is_changed():
     processor = CLIPImageProcessorPil()
     vision = VisionPixels(processor)
-    first = vision(pictures()[:2])
+    first = vision(pictures()[:2]).expanded()
     processor.image_mean = [0.0, 0.0, 0.0]
-    assert torch.equal(vision(pictures()[:2]), processor(pictures()[:2], return_tensors="pt")["pixel_values"])
-    assert not torch.equal(vision(pictures()[:2]), first)
+    again = vision(pictures()[:2]).expanded()
+    assert torch.equal(again, processor(pictures()[:2], return_tensors="pt")["pixel_values"])
+    assert not torch.equal(again, first)
 
 
 def test_pictures_of_another_mode_are_left_to_the_processor():
     processor = CLIPImageProcessorPil()
     expected = processor(pictures("L"), return_tensors="pt")["pixel_values"]
-    assert torch.equal(VisionPixels(processor)(pictures("L")), expected)
+    assert torch.equal(VisionPixels(processor)(pictures("L")).expanded(), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 65])
 def test_targets_are_resized_cropped_and_scaled(size, channels):
-    found = target_pixels(pictures(), size, channels)
+    found = target_pixels(pictures(), size, channels).expanded()
     assert found.shape == (len(SIZES), channels, size, size)
     for image, values in zip(pictures(), found, strict=True):
         short = min(image.size)
@@ -68,3 +70,21 @@ def test_targets_are_resized_cropped_and_scaled(size, channels):
         array = array[top : top + size, left : left + size] / 127.5 - 1.0
         expected = array[None] if channels == 1 else array.transpose(2, 0, 1)
         assert torch.equal(values, torch.from_numpy(np.ascontiguousarray(expected)))
+
+
+def test_bytes_are_a_quarter_of_the_pixel_values_and_no_model_takes_them_for_those():
+    bytes_alone = target_pixels(pictures()[:2], 8, 3)
+    assert bytes_alone.values.dtype == torch.uint8
+    assert bytes_alone.values.nbytes * 4 == bytes_alone.expanded().nbytes
+    check_pixels(bytes_alone.expanded())
+    with pytest.raises(ValueError, match=r"not torch\.uint8: batch\.to\(device\) makes them"):
+        check_pixels(bytes_alone.values)
+
+
+@pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_without_the_compiled_module_pillow_resizes_to_the_same_bits(settings, monkeypatch):
+    processor = CLIPImageProcessorPil(**settings)
+    compiled = [VisionPixels(processor)(pictures()).expanded(), target_pixels(pictures(), 65, 3).expanded()]
+    monkeypatch.setattr(libraries, "EXTENSION", None)
+    pillows = [VisionPixels(processor)(pictures()).expanded(), target_pixels(pictures(), 65, 3).expanded()]
+    assert all(torch.equal(a, b) for a, b in zip(compiled, pillows, strict=True))

@@ -27,7 +27,7 @@ from dreamllm.workloads import make_model, make_processor, stage_config
 
 def ready(workload: str, size: str = "tiny", precision: str = "float32", documents: int = 5, fake: bool = False):
     config = stage_config(workload, size, documents_per_step=documents)
-    batch = stage_batches(config, make_processor(size))[0].batch
+    batch = stage_batches(config, make_processor(size))[0].batch.to("cpu")
     return prepare(size, config, precision, fake=fake), batch, batch.cu_seqlens.diff().tolist()
 
 

@@ -12,7 +12,7 @@ from dreamllm.workloads import STAGES, make_processor, stage_config
 
 def ready(workload: str, precision: str = "float32", documents: int = 6):
     config = stage_config(workload, "tiny", documents_per_step=documents)
-    return prepare("tiny", config, precision), stage_batches(config, make_processor("tiny"))[0].batch
+    return prepare("tiny", config, precision), stage_batches(config, make_processor("tiny"))[0].batch.to("cpu")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -41,7 +41,7 @@ def make(root, folder, kind="stage2", **options):
     stage = StageConfig(kind, kind, (), steps=10, learning_rate=1e-2, **common, **options)
     made = Batches(Mixture([Part(Pairs(open_pairs(root / "data"), "both", seed=1))], 0), processor, LoaderSettings(1))
     prepare_model(model.to(dtype), stage)
-    return model, [made[i].batch for i in range(LANES)], stage
+    return model, [made[i].batch.to("cpu") for i in range(LANES)], stage
 
 
 def step(through, optimizer, batches, skip=False):

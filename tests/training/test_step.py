@@ -25,7 +25,7 @@ def make_batches(folder, processor, mode="both", documents=8, pieces=1, with_nul
     reader = Pairs(open_pairs(write_pairs(folder, 12)), mode, seed=1)
     settings = LoaderSettings(documents // pieces, with_null=with_null)
     made = Batches(Mixture([Part(reader)], 0), processor, settings)
-    return [made[i].batch for i in range(pieces)]
+    return [made[i].batch.to("cpu") for i in range(pieces)]
 
 
 def stage(kind, **changes) -> StageConfig:

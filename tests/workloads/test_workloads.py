@@ -97,7 +97,7 @@ def test_prompts_have_the_lengths_of_the_papers():
 def test_every_stage_trains_on_its_documents(name):
     processor, model = make_processor("tiny"), make_model("tiny")
     config = stage_config(name, "tiny", documents_per_step=6)
-    batch = stage_batches(config, processor)[0].batch
+    batch = stage_batches(config, processor)[0].batch.to("cpu")
     optimizer = make_optimizer(prepare_model(model, config), config)
     losses = train_step(model, optimizer, [batch], config, torch.Generator().manual_seed(0), contextlib.nullcontext())
     assert losses.isfinite().all()
