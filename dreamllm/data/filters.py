@@ -94,6 +94,11 @@ class Screen:
         """Whether the language or a blacklist needs more than text and picture."""
         return bool(self._languages or self._listed)
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether `check_picture` looks at pictures."""
+        return bool(self.filters.min_size or self._hashes)
+
     def check_text(self, text: str, name: str) -> None:
         """Web addresses, words and phrases, script."""
         if self.filters.drop_url_captions and _URL.search(text):

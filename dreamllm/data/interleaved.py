@@ -61,11 +61,19 @@ class InterleavedReader(Reader):
         self._screen = Screen(self.filters)
 
     @abstractmethod
-    def values(self, index: int) -> tuple[Any, FindPicture, str]:
-        """The JSON of document `index`, how to find its pictures, and its name. Raises `BadSampleError`."""
+    def values(self, index: int, read_pictures: bool = True) -> tuple[Any, FindPicture, str]:
+        """The JSON of document `index`, how to find its pictures, and its name. Raises `BadSampleError`.
+
+        Without `read_pictures`, what is found may be of no content.
+        """
 
     def document(self, index: int, epoch: int = 0) -> Document:
-        content = self.content(index)
+        return self._document(self.content(index))
+
+    def outline(self, index: int, epoch: int = 0) -> Document:
+        return self._document(self.content(index, read_pictures=self._screen.needs_pictures))
+
+    def _document(self, content: Content) -> Document:
         placed = [(picture.index, picture.source) for picture in content.pictures]
         if self.template is None:
             made = interleaved(content.texts, placed, self.mode, content.name)
@@ -77,9 +85,9 @@ class InterleavedReader(Reader):
             made = instruction_interleaved(text, content.texts, placed, self.template, self.mode, content.name)
         return Document(made.parts, made.overflow, made.name, tuple(content.remarks))
 
-    def content(self, index: int) -> Content:
+    def content(self, index: int, read_pictures: bool = True) -> Content:
         """The checked content of document `index`, before a mode is chosen. Raises `BadSampleError`."""
-        values, find, name = self.values(index)
+        values, find, name = self.values(index, read_pictures)
         if not isinstance(values, dict):
             raise BadSampleError("malformed", f"{name} is not a JSON object")
         try:
@@ -160,7 +168,7 @@ class Interleaved(InterleavedReader):
     def __len__(self) -> int:
         return len(self._records)
 
-    def values(self, index: int) -> tuple[Any, FindPicture, str]:
+    def values(self, index: int, read_pictures: bool = True) -> tuple[Any, FindPicture, str]:
         values, name = self._records.record(index)
         return values, self._find, name
 
@@ -218,7 +226,7 @@ class TarInterleaved(InterleavedReader):
     def __len__(self) -> int:
         return len(self._archive)
 
-    def values(self, index: int) -> tuple[Any, FindPicture, str]:
+    def values(self, index: int, read_pictures: bool = True) -> tuple[Any, FindPicture, str]:
         sample = self._archive.sample(index)
         sample.check()
         head, *members = sample.members
@@ -230,7 +238,7 @@ class TarInterleaved(InterleavedReader):
             raise BadSampleError("malformed", f"the JSON of {name} is empty (0 bytes)")
         values = parse_json(sample.read([head], name)[0], f"the JSON of {name}")
         pictures = _Pictures(sample, docid, members, name)
-        return values, pictures.find, name
+        return values, pictures.find if read_pictures else pictures.outline, name
 
 
 class _Pictures:
@@ -245,11 +253,15 @@ class _Pictures:
                 table[form] = None if form in table else member
 
     def find(self, image_name: str) -> bytes | None:
-        for table, form in zip(self.forms, name_forms(os.path.basename(image_name)), strict=True):
-            member = table.get(form)
-            if member is not None:
-                return self.sample.read([member], self.name)[0]
-        return None
+        member = self._member(image_name)
+        return None if member is None else self.sample.read([member], self.name)[0]
+
+    def outline(self, image_name: str) -> bytes | None:
+        return None if self._member(image_name) is None else b""
+
+    def _member(self, image_name: str) -> Member | None:
+        forms = zip(self.forms, name_forms(os.path.basename(image_name)), strict=True)
+        return next((member for table, form in forms if (member := table.get(form)) is not None), None)
 
 
 def name_forms(file: str) -> tuple[str, str, str, str]:

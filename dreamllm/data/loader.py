@@ -9,6 +9,7 @@ that of the last batch which was consumed, whatever was prefetched.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
@@ -194,23 +195,38 @@ class Batches(Dataset):
     def _packed(self, plan: BatchPlan, problems: list[Problem]) -> list[Prepared]:
         texts = [self.samples.text(self.mixture.draw(position), problems) for position in plan.positions]
         room = self.room - sum(len(text.encoded) for text in texts)
+        pictures = self.settings.pictures_per_batch or sys.maxsize
+        pictures -= sum(len(text.encoded.targets) for text in texts)
         prepared = []
         for position, text in zip(plan.positions, texts, strict=True):
             sample = self.samples.pictures(text, position, problems)
-            # Without a lost picture, text that was cut may fit again and make a document longer than planned.
-            length = 0 if sample is None else len(sample.encoded)
             room += len(text.encoded)
+            pictures += len(text.encoded.targets)
             if sample is None:
                 continue
-            if length > room:
-                lost = next(problem.message for problem in sample.problems if problem.reason == "lost_picture")
-                problems.append(Problem("corrupt_image", f"{lost}; without it the document does not fit its batch"))
+            length, drawn = len(sample.encoded), len(sample.encoded.targets)
+            if length > room or drawn > pictures:
+                problems.append(_does_not_fit(sample))
                 continue
             room -= length
+            pictures -= drawn
             prepared.append(sample)
         if not prepared:  # no picture of the whole batch could be read
             prepared.append(self.samples.whole(texts[0].draw.following(), plan.positions[0], problems))
         return prepared
+
+
+def _does_not_fit(sample: Prepared) -> Problem:
+    """Why a document takes more of its batch than was planned.
+
+    Without a lost picture, text that was cut may fit again; and where the bytes of a picture cannot be read, which
+    planning does not try, another document stands in.
+    """
+    lost = next((problem.message for problem in sample.problems if problem.reason == "lost_picture"), None)
+    if lost is None:
+        name = sample.encoded.name or "(unnamed)"
+        return Problem("corrupt_image", f"{name} stands in for one that cannot be read and does not fit its batch")
+    return Problem("corrupt_image", f"{lost}; without it the document does not fit its batch")
 
 
 def load_steps(

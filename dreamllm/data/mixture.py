@@ -42,6 +42,10 @@ class Draw:
     def document(self) -> Document:
         return self.reader.document(self.index, self.epoch)
 
+    def outline(self) -> Document:
+        """The document with pictures of no content: see `Reader.outline`."""
+        return self.reader.outline(self.index, self.epoch)
+
     def following(self) -> Draw:
         """The next document of the same reader: what replaces a sample that cannot be used."""
         index = self.index + 1

@@ -44,6 +44,10 @@ class PairSource(ABC):
     def pair(self, index: int) -> Pair:
         """Raises `BadSampleError` when picture or caption is missing or the caption is empty or unreadable."""
 
+    def outline(self, index: int) -> Pair:
+        """`pair(index)`, whose picture may be of no content where reading it would cost something."""
+        return self.pair(index)
+
     def describe(self) -> dict[str, Any]:
         """What identifies the source in a run's stored configuration, as JSON values."""
         return {"source": type(self).__name__}
@@ -109,6 +113,22 @@ class FolderPairs(PairSource):
         return Pair(self.root / f"{stem}{suffix}", checked_caption(text, name), name)
 
 
+def files_below(root: Path) -> Iterator[str]:
+    """The paths of all files below `root`, each folder's in the order of their names, through links to folders as well.
+
+    A folder is walked once, by whichever path is met first, so links may form circles.
+    """
+    met: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in met:
+            folders.clear()
+            continue
+        met.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (os.path.join(folder, file) for file in sorted(files))
+
+
 def checked_caption(text: str, name: str) -> str:
     """The stripped caption. Raises `BadSampleError` when nothing is left, or what is left is no Unicode text."""
     if not text.strip():
@@ -129,14 +149,12 @@ def _stems(root: Path) -> list[tuple[str, str, bool]]:
     """(path without suffix, picture suffix or "", whether there is a caption), sorted."""
     pictures: dict[str, str] = {}
     captions: set[str] = set()
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for file in sorted(files):
-            stem, suffix = os.path.splitext(os.path.relpath(os.path.join(folder, file), root))
-            if suffix == ".txt":
-                captions.add(stem)
-            elif suffix.lower() in IMAGE_SUFFIXES:
-                pictures.setdefault(stem, suffix)
+    for file in files_below(root):
+        stem, suffix = os.path.splitext(os.path.relpath(file, root))
+        if suffix == ".txt":
+            captions.add(stem)
+        elif suffix.lower() in IMAGE_SUFFIXES:
+            pictures.setdefault(stem, suffix)
     return [(stem, pictures.get(stem, ""), stem in captions) for stem in sorted(pictures.keys() | captions)]
 
 
@@ -151,11 +169,17 @@ class FilteredPairs(PairSource):
         return len(self.source)
 
     def pair(self, index: int) -> Pair:
-        pair = self.source.pair(index)
+        pair = self._check(self.source.pair(index))
+        self._screen.check_picture(pair.image, pair.name)
+        return pair
+
+    def outline(self, index: int) -> Pair:
+        return self.pair(index) if self._screen.needs_pictures else self._check(self.source.outline(index))
+
+    def _check(self, pair: Pair) -> Pair:
         self._screen.check_text(pair.caption, pair.name)
         self._screen.check_metadata(pair.metadata, pair.name)
         self._screen.check_listed((pair.name, pair.name.rpartition(":")[2]), pair.name)
-        self._screen.check_picture(pair.image, pair.name)
         return pair
 
     def describe(self) -> dict[str, Any]:
@@ -178,7 +202,12 @@ class Pairs(Reader):
         return len(self.source)
 
     def document(self, index: int, epoch: int = 0) -> Document:
-        sample = self.source.pair(index)
+        return self._document(self.source.pair(index), index, epoch)
+
+    def outline(self, index: int, epoch: int = 0) -> Document:
+        return self._document(self.source.outline(index), index, epoch)
+
+    def _document(self, sample: Pair, index: int, epoch: int) -> Document:
         return pair(sample.image, sample.caption, self.direction(index, epoch), sample.name)
 
     def direction(self, index: int, epoch: int) -> Literal["comprehension", "creation"]:
@@ -212,7 +241,12 @@ class CaptionInstructions(Reader):
         return len(self.source)
 
     def document(self, index: int, epoch: int = 0) -> Document:
-        sample = self.source.pair(index)
+        return self._document(self.source.pair(index), index, epoch)
+
+    def outline(self, index: int, epoch: int = 0) -> Document:
+        return self._document(self.source.outline(index), index, epoch)
+
+    def _document(self, sample: Pair, index: int, epoch: int) -> Document:
         caption = without_placeholders(sample.caption)
         choice = derive_seed(self.seed, "wording", epoch, index)
         if uniform(self.seed, "instruction", epoch, index) >= 0.5:

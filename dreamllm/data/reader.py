@@ -28,6 +28,13 @@ class Reader(ABC):
         Raises `BadSampleError` for a sample that cannot be used and `IndexError` outside the collection.
         """
 
+    def outline(self, index: int, epoch: int = 0) -> Document:
+        """`document(index, epoch)` for who asks only how long it is: its pictures may be of no content.
+
+        Readers for which pictures cost reading do not read them, and raise no error that only their bytes would tell.
+        """
+        return self.document(index, epoch)
+
     def __getitem__(self, index: int) -> Document:
         return self.document(index)
 

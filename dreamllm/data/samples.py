@@ -46,8 +46,9 @@ class Samples:
     latents: LatentCache | None = None
 
     def measure(self, position: int) -> Held:
-        """How long the document at `position` is. No picture is decoded."""
-        encoded = self.text(self.mixture.draw(position), []).encoded
+        """How long the document at `position` is. No picture is decoded, nor read where that would cost something."""
+        attempt = lambda draw: self._attempt_text(draw, draw.outline())  # noqa: E731
+        encoded = self._first(self.mixture.draw(position), [], attempt).encoded
         return Held(position, len(encoded), len(encoded.targets))
 
     def text(self, draw: Draw, problems: list[Problem]) -> TextSample:
@@ -55,11 +56,13 @@ class Samples:
 
         Raises `TooManyBadSamplesError`.
         """
-        return self._first(draw, problems, self._attempt_text)
+        return self._first(draw, problems, lambda draw: self._attempt_text(draw, draw.document()))
 
     def whole(self, draw: Draw, position: int, problems: list[Problem]) -> Prepared:
         """The first document from `draw` on that can be used, with its pictures, for `position`. See `text`."""
-        return self._first(draw, problems, lambda draw: self._pictures(self._attempt_text(draw), position))
+        return self._first(
+            draw, problems, lambda draw: self._pictures(self._attempt_text(draw, draw.document()), position)
+        )
 
     def pictures(self, sample: TextSample, position: int, problems: list[Problem]) -> Prepared | None:
         """`sample` with its pictures, or None when they cannot be used."""
@@ -114,8 +117,7 @@ class Samples:
             draw = draw.following()
         raise TooManyBadSamplesError(f"the filters of {draw.reader.name} leave nothing: {problems[-1].message}")
 
-    def _attempt_text(self, draw: Draw) -> TextSample:
-        document = draw.document()
+    def _attempt_text(self, draw: Draw, document: Document) -> TextSample:
         encoded = encode_text(document, self.encoder)
         count = len(encoded.targets)
         if self.max_pictures is not None and count > self.max_pictures:

@@ -51,14 +51,20 @@ class TarPairs(PairSource):
         return len(self._archive)
 
     def pair(self, index: int) -> Pair:
+        return self._pair(index, read_picture=True)
+
+    def outline(self, index: int) -> Pair:
+        return self._pair(index, read_picture=False)
+
+    def _pair(self, index: int, read_picture: bool) -> Pair:
         sample = self._archive.sample(index)
         sample.check()
         parts = _Parts(sample)
         parts.check()
-        image, text, values = self._content(parts)
+        image, text, values = self._content(parts, read_picture)
         return Pair(image, checked_caption(text, parts.name), parts.name, values)
 
-    def _content(self, parts: _Parts) -> tuple[bytes, str, dict[str, Any]]:
+    def _content(self, parts: _Parts, read_picture: bool) -> tuple[bytes, str, dict[str, Any]]:
         """Picture, caption and the fields of the JSON, if they are needed. The tar is opened once."""
         key = self.json_caption_key
         plain = parts.text if key is None else None
@@ -66,20 +72,21 @@ class TarPairs(PairSource):
             wanted = f"{parts.key}.txt" if key is None else f"{parts.key}.json"
             raise BadSampleError("missing_caption", f"{parts.name} has no caption {wanted}")
         described = parts.json if plain is None or self.metadata else None
-        members = [member for member in (parts.image, plain, described) if member is not None]
+        picture = parts.image if read_picture else None
+        members = [member for member in (picture, plain, described) if member is not None]
         data = dict(zip(members, parts.sample.read(members, parts.name), strict=True))
+        image = b"" if picture is None else data[picture]
         values: Any = {}
         if described is not None:
             values = parse_json(data[described], f"the JSON of {parts.name}")
             values = values if isinstance(values, dict) else {}
-        assert parts.image is not None
         if plain is not None:
-            return data[parts.image], _text(data[plain], parts.name), values
+            return image, _text(data[plain], parts.name), values
         caption = values.get(key or DEFAULT_CAPTION_KEY)
         if not isinstance(caption, str):
             found = key or DEFAULT_CAPTION_KEY
             raise BadSampleError("missing_caption", f"the JSON of {parts.name} has no text under {found!r}")
-        return data[parts.image], caption, values
+        return image, caption, values
 
 
 class _Parts:
