@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from dreamllm.data.pairs import IMAGE_SUFFIXES
+from dreamllm.data.pairs import IMAGE_SUFFIXES, files_below
 
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.-]+):/{1,2}(?=[^/])", re.IGNORECASE)
 _BEGINNING = 1 << 16
@@ -37,10 +37,10 @@ def find_tars(path: Path) -> list[Path]:
         return [path]
     if path.is_file() and path.suffix == ".json":
         return _listed_tars(path)
-    tars = sorted(path.rglob("*.tar")) if path.is_dir() else []
+    tars = sorted(Path(file) for file in files_below(path) if file.endswith(".tar"))
     if not tars:
-        compressed = [file.name for file in path.rglob("*.tar.*")][:1] if path.is_dir() else []
-        hint = f" ({compressed[0]} is compressed: unpack it, tars are read by offset)" if compressed else ""
+        compressed = next((name for file in files_below(path) if ".tar." in (name := os.path.basename(file))), None)
+        hint = f" ({compressed} is compressed: unpack it, tars are read by offset)" if compressed else ""
         raise unknown(path, ("*.tar (webdataset)", "a .json list of tars"), hint)
     return tars
 
@@ -102,11 +102,10 @@ def only(files: list[Path], path: Path) -> Path:
 
 def has_a_pair(root: Path) -> bool:
     """Whether some picture below `root` has a caption beside it."""
-    for folder, _, files in os.walk(root):
-        for file in files:
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(os.path.join(folder, f"{stem}.txt")):
-                return True
+    for file in files_below(root):
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(f"{stem}.txt"):
+            return True
     return False
 
 
@@ -127,5 +126,5 @@ def unknown(path: Path, looked_for: tuple[str, ...], hint: str = "") -> UnknownD
 def _found(path: Path) -> str:
     if path.is_file():
         return f"one file of {path.stat().st_size} bytes, beginning {json.dumps(beginning(path)[:40])}"
-    counts = Counter(file.suffix.lower() or "(no suffix)" for file in path.rglob("*") if file.is_file())
+    counts = Counter(os.path.splitext(file)[1].lower() or "(no suffix)" for file in files_below(path))
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8)) or "an empty folder"

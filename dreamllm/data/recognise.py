@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dreamllm.data.arrow import INFO_FILE, SPLITS_FILE, is_arrow_folder
 from dreamllm.data.locate import files_with, find_tars, has_a_pair, is_tar_list
-from dreamllm.data.pairs import CAPTION_FILES, IMAGE_SUFFIXES
+from dreamllm.data.pairs import CAPTION_FILES, IMAGE_SUFFIXES, files_below
 from dreamllm.data.problems import BadSampleError
 from dreamllm.data.records import parse_json
 from dreamllm.data.tar_scan import Member, walk
@@ -27,7 +27,7 @@ _LOOKED_INTO = 16
 
 def recognise(path: Path) -> str | None:
     """The kind of data that `path` holds, one of `KINDS`, or None. See `LOOKED_FOR`, tried in this order."""
-    if path.suffix == ".tar" or is_tar_list(path) or (path.is_dir() and any(path.rglob("*.tar"))):
+    if path.suffix == ".tar" or is_tar_list(path) or any(file.endswith(".tar") for file in files_below(path)):
         return "interleaved_tars" if _hold_documents(find_tars(path)) else "pair_tars"
     if path.is_dir() and is_arrow_folder(path):
         return "arrow"
@@ -73,6 +73,6 @@ def _is_document(tar: Path, member: Member) -> bool:
 
 def parquet_hint(path: Path) -> str:
     """What to do about Parquet files, if there are some."""
-    if path.is_dir() and any(path.rglob("*.parquet")):
+    if any(file.endswith(".parquet") for file in files_below(path)):
         return "; Parquet is not read: open it with datasets.load_dataset and write it with save_to_disk"
     return ""

@@ -121,7 +121,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
-    if image.mode in ("I;16", "I"):
+    if image.mode == "I" or image.mode.startswith("I;16"):  # white is 65535; "I" also holds bytes
         values = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((values / max(values.max(), 255.0) * 255.0).astype(np.uint8)).convert("RGB")
+        white = 65535.0 if image.mode != "I" or values.max() > 255 else 255.0
+        return Image.fromarray((values.clip(0, white) / white * 255.0).round().astype(np.uint8)).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
