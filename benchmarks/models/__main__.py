@@ -1,7 +1,7 @@
 """`python -m benchmarks.models [workload ...]`: DreamLLM's workloads against the original's pattern, per sample.
 
-The same cases as `python -m benchmarks run dreamllm`, which records them, with a table that counts samples, and any
-size.
+The same cases as `python -m benchmarks run dreamllm inference`, which records them, with a table that counts samples,
+and any size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DreamLLM's workloads against the original's pattern, eager and under torch.compile; and its engine."""
+"""DreamLLM's workloads against the original's pattern, eager and under torch.compile."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.harness import Case, Deferred, NotHereError
-from benchmarks.models.inference import inference_workloads
 from benchmarks.models.setting import Setting
 from benchmarks.models.workloads import workloads
 
 FAMILY = "models"
 SHAPES = {"small": "mini", "working": "7b"}  # of dreamllm.workloads
 LAYERS = {"small": (), "working": (2, 6)}  # of stages that train a decoder which does not fit whole; see workloads
-ENGINE_STEPS = {"small": 10, "working": 50}  # of denoising beside itself; fewer change little but the time it takes
 
 
 def cases(device: str, size: str) -> Iterator[Deferred]:
     if device == "cpu" and size == "working":
         raise NotHereError("the 7b needs a GPU with 80 GB; --size small has the same workloads at mini")
     setting = Setting.usual(SHAPES[size], device)
-    every = workloads(setting, layer_counts=LAYERS[size]) | inference_workloads(setting, ENGINE_STEPS[size])
-    for name, make in every.items():
+    for name, make in workloads(setting, layer_counts=LAYERS[size]).items():
         yield Deferred(f"{SHAPES[size]} {name}", lambda make=make: _fresh(make))
 
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamkernels.frozen import FrozenLinear, why_not_frozen, why_not_packed
+from dreamkernels.graphs import GraphedCalls, addresses_of, bucket_of
+from dreamkernels.integrations.decoding_step import Step, leading_ones
+from dreamkernels.integrations.fused_decoding import FusedDecoder, FusedHead, why_not_fused
 from dreamkernels.integrations.llama_layout import add_and_norm, has_hooks
 from dreamkernels.integrations.paged_cache import CachedSequence, KeyValueCache
 from dreamkernels.integrations.report import patched_by_us
 from dreamkernels.integrations.transformers import FAMILIES, KINDS, obstacle, recognise
 from dreamkernels.ops import append_kv, attention, decode_attention, swiglu
 
-MOST_DECODED = 128
-"""New positions of a sequence that `decode_attention` takes; longer pieces run `attention`."""
+LEAST_GRAPHED_PAGES = 8
+"""Pages of a sequence for which there is a graph, at least."""
 
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 _EVERY_OPTION = {kind.option: True for kind in KINDS.values()}
@@ -31,18 +33,26 @@ _EVERY_OPTION = {kind.option: True for kind in KINDS.values()}
 class CachedDecoder:
     """Runs a decoder with LLaMA's layout (LLaMA, Qwen2, Mistral) over a `KeyValueCache`.
 
-    Projections, norms and MLPs are the model's own modules, so adapters and quantised layers keep working. On CPU the
-    products of layers whose parameters require no gradient run in oneDNN's weight layout, with those that take the same
-    input joined, unless `pack_weights` is False: faster, for one or two further copies of these weights in memory.
+    Projections, norms and MLPs are the model's own modules, so adapters and quantised layers keep working. On CPU
+    single positions of a model over our operators run as one operator, `decode_layers`, where it computes the same; the
+    products of longer pieces with layers whose parameters require no gradient run in oneDNN's weight layout, with those
+    that take the same input joined, unless `pack_weights` is False: faster, for one or two further copies of these
+    weights in memory.
 
     `decoder`: such as `model.get_decoder()`; `max_length`: no position is as high as this; `head`: makes logits of
-    states, such as `model.get_output_embeddings()`.
+    states, such as `model.get_output_embeddings()`. `graphs`: passes of single positions are captured there, on CUDA,
+    for numbers of sequences and of pages that are powers of two; every module must then compute the same in each call.
 
     Raises ValueError for a decoder of another layout, and for rotary embeddings that depend on the length.
     """
 
     def __init__(
-        self, decoder: nn.Module, max_length: int, pack_weights: bool = True, head: nn.Module | None = None
+        self,
+        decoder: nn.Module,
+        max_length: int,
+        pack_weights: bool = True,
+        head: nn.Module | None = None,
+        graphs: GraphedCalls | None = None,
     ) -> None:
         layers = list(getattr(decoder, "layers", []))
         if reason := _why_not(decoder, layers):
@@ -51,25 +61,38 @@ class CachedDecoder:
         self._rotary: Any = decoder.rotary_emb
         self._kv_heads: int = decoder.config.num_key_value_heads  # type: ignore[union-attr, assignment]
         self._max_length = max_length
-        self._made_for = max_length, pack_weights
+        self._made_for = max_length, pack_weights, graphs
+        self._graphs = graphs
+        self._parameters = list(decoder.parameters())
         self._sources = _sources(decoder, head)
         self._head = None if head is None else _Products(pack_weights, head)
         self._layers = [_Layer(layer, pack_weights) for layer in layers]
         self._tables: tuple[tuple, Tensor, Tensor] | None = None
+        windows = {layer.window for layer in self._layers}
+        fits = len(windows) == 1 and not why_not_fused(decoder)
+        self._fused = FusedDecoder(decoder, windows.pop()) if fits else None
+        self._fused_head = FusedHead(head) if fits and head is not None else None
 
     @staticmethod
     def of(
-        decoder: nn.Module, max_length: int, pack_weights: bool = True, head: nn.Module | None = None
+        decoder: nn.Module,
+        max_length: int,
+        pack_weights: bool = True,
+        head: nn.Module | None = None,
+        graphs: GraphedCalls | None = None,
     ) -> CachedDecoder:
         """The one made before for this decoder, while it still fits, so that weights are packed once."""
         kept = _KEPT.get(decoder)
-        if kept is None or kept._made_for != (max_length, pack_weights) or kept._sources != _sources(decoder, head):
-            kept = _KEPT[decoder] = CachedDecoder(decoder, max_length, pack_weights, head)
+        made_for = max_length, pack_weights, graphs
+        if kept is None or kept._made_for != made_for or kept._sources != _sources(decoder, head):
+            kept = _KEPT[decoder] = CachedDecoder(decoder, max_length, pack_weights, head, graphs)
         return kept
 
     def new_cache(self, max_pages: int | None = None) -> KeyValueCache:
         """An empty cache for this decoder."""
         like = self._norm.weight  # of the activations' dtype, however the layers are quantised
+        if max_pages is not None and self._graphs is not None:
+            max_pages += 1  # for the padding of graphs
         width = self._layers[0].head_dim
         return KeyValueCache(len(self._layers), self._kv_heads, width, like.dtype, like.device, max_pages=max_pages)
 
@@ -92,8 +115,70 @@ class CachedDecoder:
         Returns the states after the final norm at the positions `wanted_K` (int64, into the new positions; None: all),
         [K, H]. Sequences do not see each other. A sequence may appear once.
         """
-        step = _Step.plan(cache, sequences, counts, embeds_TH.device)
         cos, sin = self._rotary_tables(embeds_TH)
+        singles = leading_ones(counts)
+        if self._graphs is not None and singles == len(counts) > 0:
+            states = self._advance_graphed(self._graphs, cache, sequences, embeds_TH, cos, sin)
+            return states if wanted_K is None else states[wanted_K]
+        if not singles or self._fused is None or not self._fused.runs(embeds_TH):
+            return self._advance_layer_by_layer(cache, sequences, counts, embeds_TH, cos, sin, wanted_K)
+        # Apart from the pieces, so that a sequence is computed alike whatever else there is.
+        states = self._fused.advance(cache, sequences[:singles], embeds_TH[:singles], cos, sin)
+        if singles == len(counts):
+            return states if wanted_K is None else states[wanted_K]
+        pieces = (cache, sequences[singles:], counts[singles:], embeds_TH[singles:], cos, sin)
+        if wanted_K is None:
+            return torch.cat([states, self._advance_layer_by_layer(*pieces, None)])
+        of_pieces = wanted_K >= singles
+        found = states.new_empty(len(wanted_K), states.shape[1])
+        found[~of_pieces] = states[wanted_K[~of_pieces]]
+        found[of_pieces] = self._advance_layer_by_layer(*pieces, wanted_K[of_pieces] - singles)
+        return found
+
+    def _advance_layer_by_layer(
+        self,
+        cache: KeyValueCache,
+        sequences: Sequence[CachedSequence],
+        counts: Sequence[int],
+        embeds_TH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        wanted_K: Tensor | None,
+    ) -> Tensor:
+        step = Step.plan(cache, sequences, counts, embeds_TH.device)
+        return self._run_layers(cache, step, embeds_TH, cos, sin, wanted_K)
+
+    def _advance_graphed(
+        self,
+        graphs: GraphedCalls,
+        cache: KeyValueCache,
+        sequences: Sequence[CachedSequence],
+        embeds_BH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """One position of each sequence by one launch. Rows that fill up the batch write to the cache's padding."""
+        padding = cache.padding  # before the addresses are taken: it may be what lets the cache grow
+        count, device = len(sequences), embeds_BH.device
+        positions = [sequence.length for sequence in sequences]
+        cache.extend(sequences, [1] * count)
+        rows = bucket_of(count)
+        every = [*sequences, *[padding] * (rows - count)]
+        pages = bucket_of(max(LEAST_GRAPHED_PAGES, *(len(sequence.pages) for sequence in sequences)))
+        tables = cache.block_table(every, pages)
+        before = torch.tensor(positions + [0] * (rows - count), dtype=torch.int32).to(device, non_blocking=True)
+        embeds = torch.cat([embeds_BH, embeds_BH[-1:].expand(rows - count, -1)])
+
+        def run(embeds: Tensor, before: Tensor, tables: Tensor) -> Tensor:
+            lengths = before + 1
+            return self._run_layers(cache, Step(before, tables, rows, 0, 0, lengths, tables), embeds, cos, sin, None)
+
+        moving = (*self._parameters, cache.keys_and_values, cos, sin)
+        return graphs(("decode", addresses_of(moving)), run, embeds, before, tables)[:count]
+
+    def _run_layers(
+        self, cache: KeyValueCache, step: Step, embeds_TH: Tensor, cos: Tensor, sin: Tensor, wanted_K: Tensor | None
+    ) -> Tensor:
         hidden, residual = embeds_TH, None
         for number, layer in enumerate(self._layers):
             wanted = wanted_K if number == len(self._layers) - 1 else None
@@ -105,6 +190,8 @@ class CachedDecoder:
     def logits(self, states: Tensor) -> Tensor:
         """States [K, H] -> logits [K, vocabulary], by the head."""
         assert self._head is not None, "this decoder was made without a head"
+        if self._fused_head is not None and self._fused_head.runs(states):
+            return self._fused_head(states)
         return self._head(states)[0]
 
     def _rotary_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,72 +205,6 @@ class CachedDecoder:
         return self._tables[1:]
 
 
-@dataclass
-class _Step:
-    """Where the new positions of one pass stand.
-
-    The first `singles` of them are one each of the first sequences; the others are `pieces` of several positions. For
-    pieces of one length that `decode_attention` takes, `piece_tokens` is that length; otherwise it is 0 and their keys
-    are gathered from `slots` (int64, positions of the flattened pages).
-    """
-
-    positions: Tensor  # int32
-    token_tables: Tensor  # int32, pages of the sequence of each position
-    singles: int
-    pieces: int
-    piece_tokens: int
-    lengths: Tensor  # int32, keys of each sequence, the new ones included
-    tables: Tensor
-    slots: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-
-    @staticmethod
-    def plan(
-        cache: KeyValueCache, sequences: Sequence[CachedSequence], counts: Sequence[int], device: torch.device
-    ) -> _Step:
-        singles = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-        starts = [sequence.length for sequence in sequences]
-        cache.extend(sequences, counts)
-        tables = cache.block_table(sequences)
-        lengths = torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32, device=device)
-        if singles == len(counts):
-            return _Step(lengths - 1, tables, singles, 0, 0, lengths, tables)
-        repeats = torch.tensor(counts, device=device)
-        positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, counts, strict=True)])
-        step = _Step(
-            positions.to(device),
-            tables.repeat_interleave(repeats, dim=0),
-            singles,
-            len(counts) - singles,
-            0,
-            lengths,
-            tables,
-        )
-        widths = counts[singles:]
-        if len(set(widths)) == 1 and widths[0] <= MOST_DECODED:
-            step.piece_tokens = widths[0]
-        else:
-            step._gather(cache, sequences[singles:], widths, device)
-        return step
-
-    def _gather(
-        self, cache: KeyValueCache, sequences: Sequence[CachedSequence], widths: Sequence[int], device: torch.device
-    ) -> None:
-        size = cache.page_size
-        inside = torch.arange(size)
-        self.slots = torch.cat(
-            [(torch.tensor(s.pages)[:, None] * size + inside).flatten()[: s.length] for s in sequences]
-        ).to(device)
-        lengths = [sequence.length for sequence in sequences]
-        self.cu_seqlens_q, self.cu_seqlens_k = (
-            torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32) for sizes in (widths, lengths)
-        )
-        self.max_seqlen_q, self.max_seqlen_k = max(widths), max(lengths)
-
-
 class _Layer:
     """One decoder layer."""
 
@@ -193,7 +214,7 @@ class _Layer:
         self.head_dim: int = self.attention.head_dim
         _, cls = recognise(self.attention) or ("", None)
         assert cls is not None
-        self._window: int | None = (
+        self.window: int | None = (
             FAMILIES[cls.__module__.split(".")[2]].attention_arguments(self.attention).get("sliding_window")
         )
         a, mlp = self.attention, layer.mlp
@@ -209,7 +230,7 @@ class _Layer:
         residual: Tensor | None,
         cache: KeyValueCache,
         number: int,
-        step: _Step,
+        step: Step,
         cos: Tensor,
         sin: Tensor,
         wanted: Tensor | None,
@@ -228,11 +249,11 @@ class _Layer:
         (out,) = self._down(swiglu(gate, up))
         return out, residual
 
-    def _attend(self, x: Tensor, cache: KeyValueCache, number: int, step: _Step, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, cache: KeyValueCache, number: int, step: Step, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (1, -1, self.head_dim)) for y in self._qkv(x))
         keys, values = cache.keys(number), cache.values(number)
         q = append_kv(q, k, v, keys, values, step.positions, cos, sin, block_table=step.token_tables)
-        scale, window, singles = self.attention.scaling, self._window, step.singles
+        scale, window, singles = self.attention.scaling, self.window, step.singles
         parts = []
         if singles:
             lengths, tables = step.lengths[:singles], step.tables[:singles]

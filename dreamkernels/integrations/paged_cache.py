@@ -59,8 +59,14 @@ class KeyValueCache:
         self._free = list(range(pages - 1, -1, -1))
         self._table = torch.zeros(0, 0, dtype=torch.int32)  # [rows, pages of a sequence], on the host
         self._free_rows: list[int] = []
+        self._padding: CachedSequence | None = None
 
     # -- tensors -------------------------------------------------------------------------------------------------------
+
+    @property
+    def keys_and_values(self) -> Tensor:
+        """Of every layer the keys and then the values, [2 L, P, S, H, D]."""
+        return self._kv_LPSHD
 
     def keys(self, layer: int) -> Tensor:
         """[P, S, H, D]"""
@@ -70,12 +76,15 @@ class KeyValueCache:
         """[P, S, H, D]"""
         return self._kv_LPSHD[2 * layer + 1]
 
-    def block_table(self, sequences: Iterable[CachedSequence]) -> Tensor:
-        """int32 [sequences, pages of the longest], on the cache's device."""
+    def block_table(self, sequences: Iterable[CachedSequence], least_pages: int = 1) -> Tensor:
+        """int32 [sequences, pages of the longest but at least `least_pages`], on the cache's device."""
         chosen = list(sequences)
         widest = max((len(sequence.pages) for sequence in chosen), default=0)
+        widest = max(widest, least_pages)
+        if widest > self._table.shape[1]:
+            self._grow_table(self._table.shape[0], widest)
         rows = torch.tensor([sequence.row for sequence in chosen], dtype=torch.long)
-        return self._table[rows, : max(1, widest)].to(self.device, non_blocking=True)
+        return self._table[rows, :widest].to(self.device, non_blocking=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +101,8 @@ class KeyValueCache:
 
     @property
     def pages_in_use(self) -> int:
-        return self.num_pages - len(self._free)
+        """Without that of `padding`."""
+        return self.num_pages - len(self._free) - (self._padding is not None)
 
     def pages_for(self, positions: int) -> int:
         """Pages that so many positions of one sequence take."""
@@ -107,6 +117,14 @@ class KeyValueCache:
             self._grow_table(max(8, 2 * rows), columns)
             self._free_rows = list(range(self._table.shape[0] - 1, rows - 1, -1))
         return CachedSequence(self._free_rows.pop())
+
+    @property
+    def padding(self) -> CachedSequence:
+        """A sequence of one position whose contents nobody needs, to fill up batches of a fixed size."""
+        if self._padding is None:
+            self._padding = self.new()
+            self.extend([self._padding], [1])
+        return self._padding
 
     def fork(self, origin: CachedSequence) -> CachedSequence:
         """A sequence that has so far been the same as `origin`. Nothing is copied."""

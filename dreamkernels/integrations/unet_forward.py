@@ -36,14 +36,15 @@ _MIDDLE: tuple[type, ...] = (UNetMidBlock2DCrossAttn,)
 
 @dataclass(frozen=True)
 class StepTime:
-    """One time step for every ResNet block: shifts [1, channels of the block] in the order in which blocks run."""
+    """The time for every ResNet block, in the order in which they run: shifts [1 or latents, channels of the block]."""
 
     shifts: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class TimeTable(Sequence):
-    """Projected time embeddings of a schedule, [steps, channels of all ResNet blocks]; `table[i]` is a `StepTime`."""
+    """Projected time embeddings of a schedule, [steps, channels of all ResNet blocks]; `table[i]` is a `StepTime`, and
+    `table[[i, j]]` one for two latents at steps of their own."""
 
     rows: Tensor
     channels: tuple[int, ...]
@@ -54,8 +55,14 @@ class TimeTable(Sequence):
     def __getitem__(self, step: Any) -> Any:
         if isinstance(step, slice):
             return TimeTable(self.rows[step], self.channels)
-        if not -len(self) <= step < len(self):
-            raise IndexError(f"the table has {len(self)} time steps; there is no {step}")
+        if isinstance(step, Tensor):
+            return StepTime(self.rows[step].split(self.channels, dim=1))
+        steps = step if isinstance(step, list) else [step]
+        for each in steps:
+            if not -len(self) <= each < len(self):
+                raise IndexError(f"the table has {len(self)} time steps; there is no {each}")
+        if isinstance(step, list):
+            return self[torch.tensor(step, device=self.rows.device)]
         return StepTime(self.rows[step : step + 1 or None].split(self.channels, dim=1))
 
 
@@ -207,7 +214,9 @@ def _shared_half(sample: Tensor, timestep: Any, pictures: int, *others: Any) -> 
     A pipeline gives every latent twice. On CPU that is seen at once; on other devices looking would stop the host, so
     that latents given once are the way there.
     """
-    if any(other is not None for other in others) or (torch.is_tensor(timestep) and timestep.numel() == pictures > 1):
+    times = timestep.shifts[0].shape[0] if isinstance(timestep, StepTime) else 1
+    times = timestep.numel() if torch.is_tensor(timestep) else times
+    if any(other is not None for other in others) or times == pictures > 1:
         return None
     if sample.shape[0] != pictures:
         return sample
@@ -252,6 +261,9 @@ def _times(
         wanted = tuple(resnet.out_channels for resnet in resnets_in_order(unet))
         if given != wanted:
             raise ValueError(f"the time table was made for a UNet with blocks of {given} channels; this has {wanted}")
+        rows = timestep.shifts[0].shape[0]
+        if rows not in (1, sample.shape[0], pictures // 2):
+            raise ValueError(f"times of {rows} latents were given for {sample.shape[0]}; possible are 1 and as many")
         return map(TimeShift, timestep.shifts)
     alone = not torch.is_tensor(timestep) or timestep.numel() == 1
     rows = 1 if alone else timestep.shape[0]

@@ -4,6 +4,7 @@ from dreamkernels.ops.append_kv import append_kv
 from dreamkernels.ops.attention import attention
 from dreamkernels.ops.cross_conditioning import cross_conditioning
 from dreamkernels.ops.decode_attention import decode_attention
+from dreamkernels.ops.decode_layers import decode_layers, few_rows_linear
 from dreamkernels.ops.diffusion_loss import add_noise, diffusion_loss
 from dreamkernels.ops.explanation import explain
 from dreamkernels.ops.geglu import geglu
@@ -25,8 +26,10 @@ __all__ = [
     "attention",
     "cross_conditioning",
     "decode_attention",
+    "decode_layers",
     "diffusion_loss",
     "explain",
+    "few_rows_linear",
     "geglu",
     "group_norm_silu",
     "guided_step",

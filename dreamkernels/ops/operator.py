@@ -4,7 +4,7 @@ An operator `name` is defined as four overloads of one schema, so that each call
 
     name             differentiable; CPU from C++, CUDA from Triton
     name.inference   the same kernels without autograd: about 5 us less per call, used when no gradient is needed
-    name.triton      Triton explicitly; under TRITON_INTERPRET=1 also on CPU tensors
+    name.triton      Triton explicitly, where it exists; under TRITON_INTERPRET=1 also on CPU tensors
     name.cuda        CUDA C++ explicitly, where it exists
 """
 
@@ -48,7 +48,7 @@ class Operator:
     name: str
     schema: str
     dtypes: tuple[torch.dtype, ...]
-    triton: str  # "module:function" of the Triton implementation
+    triton: str  # "module:function" of the Triton implementation; "": there is none
     cuda: bool = False  # the CUDA C++ library implements it too
     # Implementations by other libraries, called without the dispatcher: name -> why not on a device type, or ""
     external: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
@@ -77,6 +77,8 @@ class Operator:
                 return "it runs on cpu tensors only"
             return "" if has_kernel(self.qualified(), "CPU") else "the compiled CPU library is not loaded"
         if implementation == "triton":
+            if not self.triton:
+                return "this operator has no Triton implementation"
             if not triton_installed():
                 return "triton is not installed"
             if device_type == "cuda" or (device_type == "cpu" and interpreting()):
@@ -112,7 +114,7 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
-    triton: str,
+    triton: str = "",
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
     cuda: bool = False,
     autograd: Autograd | None = None,
@@ -121,7 +123,8 @@ def define(
 ) -> Operator:
     """Defines an operator with overloads, fake, Triton and autograd. C++ registers itself when the libraries load."""
     operator = Operator(name, schema, dtypes, triton, cuda, external or {}, explain)
-    overloads = ["default", "triton"] + (["inference"] if autograd else []) + (["cuda"] if cuda else [])
+    overloads = ["default"] + (["triton"] if triton else [])
+    overloads += (["inference"] if autograd else []) + (["cuda"] if cuda else [])
     for overload in overloads:
         qualified = operator.qualified(overload)
         LIBRARY.define(qualified.removeprefix(f"{NAMESPACE}::") + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -129,7 +132,7 @@ def define(
         operator.overloads[overload] = getattr(getattr(torch.ops.dreamkernels, name), overload)
         if operator.overloads[overload]._schema.is_mutable:
             _register_mutation(operator.overloads[overload], qualified)
-    if triton_installed():
+    if triton and triton_installed():
         _register_triton(operator)
     if autograd:
         _register_autograd(operator, autograd)
@@ -269,7 +272,7 @@ def support_matrix() -> list[dict[str, Any]]:
     rows = []
     for _, operator in sorted(OPERATORS.items()):
         for implementation in operator.implementations:
-            if implementation == "cuda" and not operator.cuda:
+            if (implementation == "cuda" and not operator.cuda) or (implementation == "triton" and not operator.triton):
                 continue
             devices = {}
             for device_type in ("cpu", "cuda"):

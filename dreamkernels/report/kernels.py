@@ -110,7 +110,7 @@ def _report(
 
 def shipped_kernels(architecture: str) -> Iterator[ShippedKernel]:
     """Every Triton kernel of every operator at every launch parameter of an architecture."""
-    for module in sorted({operator.triton.partition(":")[0] for operator in OPERATORS.values()}):
+    for module in sorted({operator.triton.partition(":")[0] for operator in OPERATORS.values() if operator.triton}):
         yield from importlib.import_module(module).shipped_kernels(architecture)
 
 

@@ -150,6 +150,24 @@ def test_a_prepared_condition_and_a_time_table_give_the_same_picture_and_gradien
         table[3]
 
 
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided halves"])
+def test_each_latent_may_be_at_a_time_of_its_own(optimised, guided):
+    unet, report = optimised
+    x, table = latents(), report.time_table(torch.tensor([999, 500, 0]))
+    states = [conditions() for _ in range(1 + guided)]
+    both = report.condition(torch.cat(states))
+    with torch.no_grad():
+        found = unet(x, table[[2, 1]], both).sample.unflatten(0, (1 + guided, 2))
+        for row, time in enumerate((0, 500)):
+            for half, state in enumerate(states):
+                wanted = unet(x[row : row + 1], time, state[row : row + 1]).sample[0]
+                torch.testing.assert_close(found[half, row], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(IndexError, match="3 time steps; there is no 7"):
+        table[[0, 7]]
+    with pytest.raises(ValueError, match="times of 3 latents were given for 2"):
+        unet(x, table[[0, 1, 2]], report.condition(conditions(2)))
+
+
 def test_the_projector_is_applied_to_the_states(optimised):
     unet, report = optimised
     projector, states = torch.randn(WIDTH, 7), torch.randn(2, 5, 7)
