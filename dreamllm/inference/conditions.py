@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dreamkernels import GraphedCalls
 from dreamkernels.integrations.decoding import CachedDecoder
 from dreamkernels.integrations.paged_cache import CachedSequence
 from dreamllm.documents import EncodedDocument, load_picture
@@ -20,9 +21,16 @@ KEPT_NULL_CONDITIONS = 8
 class Conditions:
     """Computes conditions with one model, and keeps those of the latest negative prompts."""
 
-    def __init__(self, model: DreamLLM, prompts: Prompts, batch_size: int, pack_weights: bool) -> None:
+    def __init__(
+        self,
+        model: DreamLLM,
+        prompts: Prompts,
+        batch_size: int,
+        pack_weights: bool,
+        graphs: GraphedCalls | None = None,
+    ) -> None:
         self._model, self._prompts = model, prompts
-        self._batch_size, self._pack_weights = batch_size, pack_weights
+        self._batch_size, self._pack_weights, self._graphs = batch_size, pack_weights, graphs
         self._kept_nulls: dict[str, tuple[tuple, Tensor]] = {}  # by prompt: what it was computed from, condition
 
     @torch.no_grad()
@@ -59,7 +67,7 @@ class Conditions:
             return self._states(documents)
 
     def _states(self, documents: Sequence[EncodedDocument]) -> Tensor:
-        decoder = decoder_of(self._model, self._pack_weights)
+        decoder = decoder_of(self._model, self._pack_weights, self._graphs)
         dream = self._prompts.dream_piece()
         queries = torch.arange(-self._model.layout.num_dream_queries - 1, -1)
         states = []
@@ -76,9 +84,9 @@ class Conditions:
         return torch.cat(states)
 
 
-def decoder_of(model: DreamLLM, pack_weights: bool) -> CachedDecoder:
+def decoder_of(model: DreamLLM, pack_weights: bool, graphs: GraphedCalls | None = None) -> CachedDecoder:
     """The decoder of a model over the cache. Raises `ValueError` for a layout that it does not know."""
-    return CachedDecoder.of(model.decoder, model.layout.max_length, pack_weights, model.get_output_embeddings())
+    return CachedDecoder.of(model.decoder, model.layout.max_length, pack_weights, model.get_output_embeddings(), graphs)
 
 
 @contextmanager

@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamkernels import GraphedCalls
 from dreamkernels.integrations.paged_cache import PAGE_SIZE, KeyValueCache
-from dreamllm.documents import SPECIAL_TOKENS, Document, load_picture
+from dreamllm.documents import Document, load_picture
 from dreamllm.inference.conditions import Conditions, decoder_of, evaluating
 from dreamllm.inference.drawing import DrawingOptions, Progress, check_seeds, drawing_defaults
 from dreamllm.inference.options import Answer, GenerationOptions
+from dreamllm.inference.picture_work import PictureWork
 from dreamllm.inference.prompts import Prompts
 from dreamllm.inference.request import Event, OnEvent, Request
-from dreamllm.inference.rounds import Rounds
-from dreamllm.inference.sampling import choose_token, penalise
+from dreamllm.inference.writing import Writer, never_chosen
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 
 
@@ -27,8 +28,9 @@ class Engine:
 
     `answers` and `answer` give answers, `stream` gives one piece by piece. Underneath, requests that are given to
     `submit` advance by `step`: each step appends to the cache whatever every request has next (a prompt, a token, the
-    dream queries, a created picture), chooses tokens, and takes one denoising step of the pictures in work. Requests
-    join and leave between steps. Engines are not for several threads at a time.
+    dream queries, a created picture), chooses tokens, and takes one denoising step of the pictures in work, which
+    begin beside others that are further on. Requests join and leave between steps. Engines are not for several threads
+    at a time.
 
     Args:
         model, processor: as `DreamLLM.from_pretrained` and `DreamLLMProcessor.from_pretrained` load them.
@@ -37,8 +39,8 @@ class Engine:
         max_cache_tokens: positions that the key-value cache holds at most; requests wait while there is no room for
             the longest they may become. None: as many as `batch_size` requests need.
         max_step_tokens: positions of prompts and pictures that are appended in one step, unless one alone has more.
-        patience: a round of drawing begins when no other request can still ask for a picture, when `batch_size` of the
-            drawing options are waiting, or when one has waited for so many steps.
+        cuda_graphs: launch a step of writing and a call of the UNet as one CUDA graph each; None: where the model is
+            on CUDA. Not for a model whose modules compute something else from call to call.
 
     Raises `ValueError` for numbers below 1, a processor of another model, and a language model that has not LLaMA's
     layout.
@@ -52,30 +54,35 @@ class Engine:
         pack_weights: bool = True,
         max_cache_tokens: int | None = None,
         max_step_tokens: int = 8192,
-        patience: int = 64,
+        cuda_graphs: bool | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_step_tokens", max_step_tokens), ("patience", patience)):
+        for name, value in (("batch_size", batch_size), ("max_step_tokens", max_step_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if max_cache_tokens is not None and max_cache_tokens < 1:
             raise ValueError(f"max_cache_tokens must be at least 1, not {max_cache_tokens}")
         if model.layout != processor.layout:
             raise ValueError("the model and the processor have different sequence layouts; they do not belong together")
+        if cuda_graphs and model.device.type != "cuda":
+            raise ValueError(f"cuda_graphs need a model on cuda, not on {model.device}; leave them out")
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
         self.layout = model.layout
         self._pack_weights = pack_weights
         self._max_cache_tokens, self._max_step_tokens = max_cache_tokens, max_step_tokens
-        self._decoder = decoder_of(model, pack_weights)
+        graphed = model.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self._writing_graphs = GraphedCalls() if graphed else None
+        self._decoder = decoder_of(model, pack_weights, self._writing_graphs)
         self._cache: KeyValueCache | None = None
-        self._never = _never_chosen(model, processor)
+        self._never = never_chosen(model, processor)
+        self._writer = Writer(model, self._never)
         self._prompts = Prompts(model, processor)
-        self._conditions = Conditions(model, self._prompts, batch_size, pack_weights)
+        self._conditions = Conditions(model, self._prompts, batch_size, pack_weights, self._writing_graphs)
         self._checked: set[DrawingOptions] = set()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._rounds = Rounds(model, self.null_condition, patience)
+        self._pictures = PictureWork(model, self.null_condition, GraphedCalls() if graphed else None)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -95,7 +102,7 @@ class Engine:
         """Answers each prompt, with the same options or with its own.
 
         `seeds`: one per prompt (default: options.seed, options.seed + 1, ...; with options for each prompt their own).
-        `progress` is told of every denoising step of each round of drawing.
+        `progress` is told of denoising steps: how many all pictures in work have done, and of how many.
 
         Raises `ValueError` for an empty prompt, one longer than the context (by how much), one that leaves no room
         for an answer or a forced picture, and for a wrong number of seeds or options; `PictureError` for a picture in
@@ -188,12 +195,12 @@ class Engine:
             with torch.no_grad():
                 self._admit()
                 self._append()
-                self._rounds.advance(self._running)
+                self._pictures.advance(self._running)
         except BaseException as error:
             for request in self._running:
                 if not request.done:
                     request.fail(error)
-            self._rounds.forget()
+            self._pictures.forget()
             raise
         finally:
             self._remove_done()
@@ -204,7 +211,7 @@ class Engine:
             if request.cancelled and not request.done:
                 request.state = "done"
         self._waiting = deque(request for request in self._waiting if not request.done)
-        self._rounds.remove_done()
+        self._pictures.remove_done()
         self._remove_done()
 
     def _remove_done(self) -> None:
@@ -259,7 +266,7 @@ class Engine:
                 "use candidates=1, or pictures='force' with max_new_tokens=0"
             )
         if options.pictures != "forbid" and drawing not in self._checked:
-            self._rounds.check(drawing)
+            self._pictures.check(drawing)
             if drawing.guided:
                 self._prompts.encode_null(drawing.negative_prompt)
             self._checked.add(drawing)
@@ -295,7 +302,7 @@ class Engine:
         if not self._waiting:
             return
         if not self._running:
-            self._decoder = decoder_of(self.model, self._pack_weights)
+            self._decoder = decoder_of(self.model, self._pack_weights, self._writing_graphs)
             if self._cache is None or not self._decoder.fits(self._cache):
                 most = self._max_cache_tokens
                 self._cache = self._decoder.new_cache(None if most is None else max(1, most // PAGE_SIZE))
@@ -324,20 +331,29 @@ class Engine:
             tokens = [token for request in writing for token in request.next_tokens]
             embeds.insert(0, self.model.get_input_embeddings()(torch.tensor(tokens, device=self.model.device)))
         # Of a piece that ends with the dream queries the states there are wanted, of all others the last one.
-        ends = torch.tensor(counts).cumsum(0)
-        asking = [request.next_is_picture for request, _ in pieces]
-        queries = torch.arange(-self.layout.num_dream_queries - 1, -1)
-        asked = [e + queries for e, a in zip(ends[len(entries) :].tolist(), asking, strict=True) if a]
-        last = [e for e, a in zip(ends.tolist(), [False] * len(entries) + asking, strict=True) if not a]
-        wanted = torch.cat([torch.tensor(last, dtype=torch.long) - 1, *asked]).to(self.model.device)
+        asking = [request for request, _ in pieces if request.next_is_picture]
+        reading = [request for request, _ in pieces if not request.next_is_picture]
+        wanted = self._wanted(len(entries), pieces) if pieces else None
         sequences = [sequence for _, sequence in entries] + [request.sequences[0] for request, _ in pieces]
         states = self._decoder.advance(self._kv, sequences, counts, torch.cat(embeds), wanted)
-        dreamers = [request for (request, _), a in zip(pieces, asking, strict=True) if a]
-        if dreamers:
-            self._begin_pictures(dreamers, states[len(last) :].unflatten(0, (len(dreamers), -1)))
-        readers = [request for (request, _), a in zip(pieces, asking, strict=True) if not a]
-        if last:
-            self._write(writing, readers, self._decoder.logits(states[: len(last)]))
+        rows = len(entries) + len(reading)
+        if asking:
+            self._begin_pictures(asking, states[rows:].unflatten(0, (len(asking), -1)))
+        if rows:
+            continued = [(r, len(r.sequences)) for r in writing] + [(r, 1) for r in reading]
+            self._writer.write(self._kv, continued, self._decoder.logits(states[:rows]))
+
+    def _wanted(self, singles: int, pieces: Sequence[tuple[Request, Tensor]]) -> Tensor:
+        """Positions of the pass whose states are wanted: first those that tokens are chosen by, then the queries."""
+        last, queries = list(range(singles)), []
+        end = singles
+        for request, piece in pieces:
+            end += len(piece)
+            if request.next_is_picture:
+                queries += range(end - self.layout.num_dream_queries - 1, end - 1)
+            else:
+                last.append(end - 1)
+        return torch.tensor(last + queries, device=self.model.device)
 
     def _pieces(self) -> list[tuple[Request, Tensor]]:
         """Embeddings of the prompts, dream queries and created pictures that are next."""
@@ -382,60 +398,11 @@ class Engine:
         for request, condition in zip(requests, self._conditions.project(states), strict=True):
             request.condition = condition
             request.candidates = [None] * request.drawing.candidates
+            request.num_begun = 0
             request.wants_picture = False
             request.state = "drawing"
             if request.lone_picture:
                 self._release(request)
-
-    def _write(self, writing: Sequence[Request], readers: Sequence[Request], logits: Tensor) -> None:
-        """The next token of every request: `writing` have a row of logits per sequence, `readers` one."""
-        rows = iter(logits)
-        for request in writing:
-            request.attempt(self._continue, request, [next(rows) for _ in request.sequences])
-        for request in readers:
-            request.attempt(self._continue, request, [next(rows)])
-
-    def _continue(self, request: Request, logits: Sequence[Tensor]) -> None:
-        if request.search is not None:
-            self._search(request, torch.stack(list(logits)))
-            return
-        draws, request.wants_picture = request.wants_picture and request.may_draw, False
-        if draws:
-            request.state = "dreaming"
-        else:
-            request.take(self._choose(request, logits[0]))
-
-    def _choose(self, request: Request, logits: Tensor) -> int:
-        o = request.options
-        logits = penalise(logits, [*request.encoded.input_ids, *request.chosen], o.repetition_penalty)
-        forbidden = self._forbidden(not request.may_draw, request.end_forbidden)
-        return choose_token(logits, forbidden, o.temperature, o.top_p, o.top_k, request.generator)
-
-    def _forbidden(self, dreams: bool, end: bool) -> Tensor:
-        forbidden = self._never
-        if dreams or end:
-            forbidden = forbidden.clone()
-            forbidden[self.layout.dream_start] |= dreams
-            forbidden[self.layout.eos] |= end
-        return forbidden
-
-    def _search(self, request: Request, logits: Tensor) -> None:
-        search, penalty = request.search, request.options.repetition_penalty
-        assert search is not None
-        found = torch.log_softmax(logits.float(), dim=-1)
-        if penalty != 1.0:
-            seen = [[*request.encoded.input_ids, *beam] for beam in search.beams[: len(found)]]
-            found = torch.stack([penalise(*row, penalty) for row in zip(found, seen, strict=True)])
-        parents = search.advance(found.masked_fill(self._forbidden(True, request.end_forbidden), float("-inf")))
-        request.state = "writing"
-        if search.done:
-            request.finish_search()
-            return
-        # From the prompt all beams continue one sequence.
-        origins = request.sequences if len(request.sequences) > 1 else request.sequences * search.num_beams
-        forks = [self._kv.fork(origins[parent]) for parent in parents]
-        self._release(request)
-        request.sequences = forks
 
     # -- conditions ----------------------------------------------------------------------------------------------------
 
@@ -457,13 +424,3 @@ class Engine:
         Those of the latest prompts are kept until a parameter they depend on changes.
         """
         return self._conditions.null(negative_prompt)
-
-
-def _never_chosen(model: DreamLLM, processor: DreamLLMProcessor) -> Tensor:
-    """bool [vocabulary]: markers that only the program places, and ids the tokenizer does not know."""
-    vocabulary = processor.tokenizer.get_vocab()
-    markers = {vocabulary[token] for token in SPECIAL_TOKENS if token != "<dream_start>" and token in vocabulary}
-    never = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    never[[i for i in vocabulary.values() if i < model.config.vocab_size]] = False
-    never[[*markers, model.layout.pad]] = True
-    return never.to(model.device)

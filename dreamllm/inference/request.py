@@ -18,7 +18,8 @@ from dreamllm.inference.options import Answer, GenerationOptions, Stopped
 
 State = Literal["waiting", "prompt", "writing", "dreaming", "drawing", "reading", "done"]
 """waiting: for a place in the batch. prompt, dreaming, reading: the prompt, the dream queries or a created picture are
-to be appended to the cache. writing: a token is. drawing: a picture is being denoised or will be. done: see `error`."""
+to be appended to the cache. writing: a token is. drawing: a picture is being denoised or waits for room. done: see
+`error`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Request:
         self.chosen: list[int] = []
         self.condition: Tensor | None = None  # [Q, C], of the picture to draw
         self.candidates: list[Image.Image | None] = []  # of the picture that is being drawn
+        self.num_begun = 0  # of these candidates
         self.num_drawn = 0
         self.length = len(encoded)  # positions
         self.wants_picture = options.pictures == "force"

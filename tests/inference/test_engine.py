@@ -7,7 +7,7 @@ import torch
 
 from dreamllm.documents import Document, End, Picture, PictureError, Text, interleaved, prompt
 from dreamllm.inference import DrawingOptions, Engine, GenerationOptions
-from dreamllm.inference.sampling import choose_token
+from dreamllm.inference.sampling import choose_token, most_likely
 from dreamllm.model import load_original
 from tests.golden import reference
 from tests.tiny import random_picture, tiny_model
@@ -168,10 +168,10 @@ def test_pictures_stop_when_no_more_fit(engine, monkeypatch):
     """A model that always wants to draw fills the context with whole pictures, then writes text to the end."""
     dream = engine.layout.dream_start
 
-    def wants_to_draw(logits, forbidden, *_):
-        return dream if not forbidden[dream] else 100
+    def wants_to_draw(logits, bias):
+        return [100 if bias[dream].isinf() else dream] * len(logits)
 
-    monkeypatch.setattr("dreamllm.inference.engine.choose_token", wants_to_draw)
+    monkeypatch.setattr("dreamllm.inference.writing.most_likely", wants_to_draw)
     answer = engine.answer(prompts()[0], GenerationOptions(max_new_tokens=1000, drawing=QUICK))
     used = len(engine.processor.encode(prompts()[0]))
     per_picture = engine.layout.dream_length + engine.layout.image_length
@@ -192,7 +192,7 @@ def test_markers_are_never_written(engine):
 
 def test_the_end_token_closes_the_document(engine, monkeypatch):
     tokens = iter([100, 101, engine.layout.eos])
-    monkeypatch.setattr("dreamllm.inference.engine.choose_token", lambda *_: next(tokens))
+    monkeypatch.setattr("dreamllm.inference.writing.most_likely", lambda *_: [next(tokens)])
     answer = engine.answer(prompts()[0], TEXT)
     assert answer.stopped == "end"
     assert answer.document.parts[-1] == End()
@@ -245,7 +245,17 @@ def test_top_k_and_top_p_cut_the_tail():
 def test_a_very_low_temperature_is_greedy():
     logits = torch.randn(100, generator=torch.Generator().manual_seed(18))
     nothing = torch.zeros(100, dtype=torch.bool)
-    assert choose_token(logits, nothing, 1e-30, generator=torch.Generator()) == int(logits.argmax())
+    for tiny in (1e-30, 1e-300, 5e-324):
+        assert choose_token(logits, nothing, tiny, generator=torch.Generator()) == int(logits.argmax())
+        assert choose_token(logits, nothing, 1.0, top_p=tiny, generator=torch.Generator()) == int(logits.argmax())
+
+
+def test_the_most_likely_tokens_of_many_rows_are_those_of_each():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(19)).bfloat16()
+    logits[2] = 1.0  # the first of equals
+    forbidden = torch.rand(300, generator=torch.Generator().manual_seed(20)) < 0.5
+    bias = torch.zeros(300).masked_fill_(forbidden, float("-inf"))
+    assert most_likely(logits, bias) == [choose_token(row, forbidden) for row in logits]
 
 
 # -- what is refused --------------------------------------------------------------------------------

@@ -5,9 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dreamkernels import GraphedCalls, UnsupportedScheduler
 from dreamllm.documents import Document, End, PictureError, Text, prompt
-from dreamllm.inference import DrawingOptions, Engine, GenerationOptions, NewPicture, NewText, Preview, rounds
+from dreamllm.inference import (
+    DrawingOptions,
+    Engine,
+    GenerationOptions,
+    NewPicture,
+    NewText,
+    Preview,
+    denoising,
+    picture_work,
+)
 from dreamllm.inference.request import Request
+from tests.support.graphs import rerunning
 from tests.tiny import random_picture, tiny_model
 
 QUICK = DrawingOptions(steps=3, guidance_scale=2.0, scheduler="ddim")
@@ -88,7 +99,6 @@ def test_the_work_of_these_tests_is_of_every_kind(alone):
         {},
         {"batch_size": 2},
         {"max_step_tokens": 1},
-        {"patience": 1},
         {"max_cache_tokens": 700},
         {"pack_weights": False},
     ],
@@ -116,19 +126,92 @@ def test_options_for_each_prompt(engine, alone):
         assert_same(answer, expected)
 
 
-def test_pictures_of_several_requests_are_drawn_in_one_batch(engine, monkeypatch):
-    sizes = []
+@pytest.fixture
+def batches(monkeypatch):
+    """Of every call of the UNet the step at which each picture was."""
+    seen = []
 
-    class Watched(rounds.Denoising):
-        def __init__(self, model, condition, *rest):
-            sizes.append(len(condition))
-            super().__init__(model, condition, *rest)
+    class Watched(denoising.Denoising):
+        def step(self):
+            seen.append([picture.steps_done for picture in self.pictures])
+            return super().step()
 
-    monkeypatch.setattr(rounds, "Denoising", Watched)
+    monkeypatch.setattr(picture_work, "Denoising", Watched)
+    return seen
+
+
+def test_pictures_of_several_requests_are_drawn_in_one_batch(engine, batches):
     engine.answers([prompt(f"photo {i}") for i in range(5)], replace(LONE, drawing=replace(QUICK, candidates=2)))
-    assert sizes == [10]
+    assert batches == [[step] * 10 for step in range(3)]
+    batches.clear()
     engine.answers([prompt(f"photo {i}") for i in range(5)], replace(LONE, drawing=replace(QUICK, batch_size=2)))
-    assert sizes == [10, 2, 2, 1]
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("drawing", [QUICK, replace(QUICK, scheduler="ddpm", steps=5), replace(OTHER, steps=4)])
+def test_a_picture_joins_a_batch_that_has_begun_and_stays_the_same(engine, batches, drawing):
+    """Whatever is denoised beside it, and at whatever step that is."""
+    drawing = replace(drawing, scheduler="dpm++", steps=5) if drawing is QUICK else drawing
+    options = replace(LONE, drawing=drawing)
+    documents = [prompt(f"photo {i}") for i in range(4)]
+    alone = [engine.answers([d], options, [i])[0].pictures[0] for i, d in enumerate(documents)]
+    batches.clear()
+    requests = []
+    for i, document in enumerate(documents):
+        requests.append(engine.submit(document, options, i))
+        engine.step()
+    run(engine)
+    assert batches[:3] == [[0], [1, 0], [2, 1, 0]]
+    assert batches[3] == [3, 2, 1, 0]
+    for request, expected in zip(requests, alone, strict=True):
+        (found,) = request.answer.pictures
+        assert max(abs(x - y) for x, y in zip(found.tobytes(), expected.tobytes(), strict=True)) <= 1
+    assert len({picture.tobytes() for picture in alone}) == 4
+
+
+@pytest.mark.filterwarnings("ignore::dreamkernels.FallbackWarning")
+def test_a_picture_joins_under_a_scheduler_that_takes_its_own_steps(tiny, monkeypatch):
+    def unsupported(*_):
+        raise UnsupportedScheduler("a test")
+
+    engine, options = Engine(*tiny), replace(LONE, drawing=replace(QUICK, scheduler="ddpm", steps=4))
+    wanted = [engine.answers([prompt("photo")], options, [seed])[0].pictures[0] for seed in range(2)]
+    monkeypatch.setattr("dreamllm.inference.loop.step_schedule", unsupported)
+    first = engine.submit(prompt("photo"), options, 0)
+    engine.step()
+    second = engine.submit(prompt("photo"), options, 1)
+    run(engine)
+    for request, expected in zip((first, second), wanted, strict=True):
+        (found,) = request.answer.pictures
+        assert max(abs(x - y) for x, y in zip(found.tobytes(), expected.tobytes(), strict=True)) <= 1
+
+
+def test_candidates_share_their_condition(engine, monkeypatch):
+    """One pass of the language model and one prepared condition per prompt, and one of the empty prompt."""
+    prepared = []
+    prepare = engine.model.prepare_condition
+    monkeypatch.setattr(engine.model, "prepare_condition", lambda c: prepared.append(len(c)) or prepare(c))
+    passes = []
+    advance = engine._decoder.advance
+    monkeypatch.setattr(engine._decoder, "advance", lambda *a: passes.append(len(a[1])) or advance(*a))
+    engine.null_condition()
+    passes.clear()
+    answers = engine.answers(
+        [prompt(f"photo {i}") for i in range(4)], replace(LONE, drawing=replace(QUICK, candidates=8, batch_size=32))
+    )
+    assert [len(answer.pictures) for answer in answers] == [8] * 4
+    assert passes == [4]
+    assert prepared == [1] * 5
+
+
+def test_progress_counts_the_steps_of_all_pictures(engine):
+    seen = []
+    drawing = replace(QUICK, candidates=3, batch_size=2)
+    engine.answers([prompt("A"), prompt("B")], replace(LONE, drawing=drawing), progress=lambda *at: seen.append(at))
+    done, totals = zip(*seen, strict=True)
+    assert set(totals) == {2 * 3 * QUICK.steps}
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[-1]
 
 
 def test_texts_are_written_while_pictures_are_drawn(engine):
@@ -147,6 +230,47 @@ def test_the_cache_is_kept_for_later_requests(engine):
     cache = engine._cache
     engine.answer(prompt("A copy"), TEXT)
     assert engine._cache is cache
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def test_captured_calls_of_the_unet_give_the_same_pictures(tiny, monkeypatch):
+    """On a CPU with a stand-in for the capture: batches of one, two, three and two pictures, at steps of their own."""
+    captures = []
+    graphs = GraphedCalls(capture=rerunning(captures))
+    plain, engine = Engine(*tiny), Engine(*tiny)
+    engine._pictures._graphs = graphs
+    options = replace(LONE, drawing=replace(QUICK, scheduler="dpm++", steps=4))
+    wanted = [plain.answers([prompt(f"photo {i}")], options, [i])[0].pictures[0] for i in range(3)]
+    requests = []
+    for i in range(3):
+        requests.append(engine.submit(prompt(f"photo {i}"), options, i))
+        engine.step()
+    run(engine)
+    for request, expected in zip(requests, wanted, strict=True):
+        (found,) = request.answer.pictures
+        assert max(abs(x - y) for x, y in zip(found.tobytes(), expected.tobytes(), strict=True)) <= 1
+    assert captures == [2, 4, 8]  # both halves of one, two and four pictures
+
+
+def test_graphs_are_refused_without_cuda(tiny):
+    with pytest.raises(ValueError, match="cuda_graphs need a model on cuda, not on cpu"):
+        Engine(*tiny, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+def test_captured_steps_on_a_gpu_give_the_same_answers(tmp_path):
+    model, processor = tiny_model(tmp_path)
+    model = model.to("cuda")
+    plain, graphed = (Engine(model, processor, cuda_graphs=on) for on in (False, True))
+    documents, options, seeds = zip(*work(), strict=True)
+    for answer, expected in zip(
+        graphed.answers(documents, options, seeds), plain.answers(documents, options, seeds), strict=True
+    ):
+        assert_same(answer, expected)
+    assert len(graphed._writing_graphs) > 0
+    assert len(graphed._pictures._graphs) > 0
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
@@ -363,7 +487,7 @@ def test_a_request_that_cannot_fit_into_the_cache_is_refused(tiny):
 
 
 def test_numbers_out_of_range_are_refused(tiny, engine):
-    for name in ("batch_size", "max_step_tokens", "patience", "max_cache_tokens"):
+    for name in ("batch_size", "max_step_tokens", "max_cache_tokens"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
             Engine(*tiny, **{name: 0})
     with pytest.raises(ValueError, match="preview_every must be at least 0"):

@@ -18,7 +18,8 @@ from diffusers import (
 
 from dreamkernels import FallbackWarning, UnsupportedScheduler, step_schedule
 from dreamllm.documents import Document, Text
-from dreamllm.inference import DenoisingGraphs, DrawingOptions, Engine, draw, sampler
+from dreamllm.inference import DenoisingGraphs, DrawingOptions, Engine, draw
+from dreamllm.inference import loop as loops
 from dreamllm.model.diffusion import diffusion_loss, draw_diffusion
 from tests.support.synchronisation import assert_never_waits
 from tests.tiny import tiny_model
@@ -57,7 +58,7 @@ def test_our_steps_are_those_of_the_scheduler(tiny, conditions, monkeypatch, opt
     def refuse(*arguments):
         raise UnsupportedScheduler("a test")
 
-    monkeypatch.setattr(sampler, "step_schedule", refuse)
+    monkeypatch.setattr(loops, "step_schedule", refuse)
     with pytest.warns(FallbackWarning, match=r"takes the steps of DD?\w+ in eager PyTorch: a test; expect"):
         theirs = draw(tiny.model, *conditions, options, [0, 1, 2])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -157,9 +158,9 @@ def test_a_prepared_condition_reaches_the_unet_as_it_is(tiny, conditions, monkey
 def test_the_host_never_waits_inside_the_loop(tiny, conditions, scheduler):
     options = replace(QUICK, scheduler=scheduler, guidance_rescale=0.5)
     condition, null = conditions
-    schedule = step_schedule(sampler.build_scheduler(tiny.model.config.scheduler_config, options))
+    schedule = step_schedule(loops.build_scheduler(tiny.model.config.scheduler_config, options))
     times = tiny.model.prepare_times(torch.tensor(schedule.timesteps))
-    loop = sampler._Loop(tiny.model.unet, options, schedule, tiny.model.prepare_condition, times)
+    loop = loops.Loop(tiny.model.unet, options, schedule, tiny.model.prepare_condition, times)
     context = torch.cat([null.expand_as(condition), condition])
     with torch.no_grad(), assert_never_waits():
         latents = loop.run(torch.randn(3, 1, 8, 8), context, lambda: torch.randn(3, 1, 8, 8))

@@ -218,12 +218,12 @@ def always_draws(monkeypatch):
     """Makes every answer a picture, a word and the end."""
     wanted = itertools.cycle(["picture", "word", "end"])
 
-    def choose(logits, forbidden, *_):
-        free = (~forbidden).nonzero().flatten()
+    def choose(logits, bias):
+        free = bias.isfinite().nonzero().flatten()
         # Of the ids that may be chosen, the end is the third, and <dream_start>, an added token, the last.
-        return int({"picture": free[-1], "word": free[100], "end": free[2]}[next(wanted)])
+        return [int({"picture": free[-1], "word": free[100], "end": free[2]}[next(wanted)]) for _ in logits]
 
-    monkeypatch.setattr("dreamllm.inference.engine.choose_token", choose)
+    monkeypatch.setattr("dreamllm.inference.writing.most_likely", choose)
 
 
 def test_chat_reads_lines_until_the_input_ends(monkeypatch, capsys, folder, tmp_path):
