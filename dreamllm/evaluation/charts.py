@@ -9,6 +9,8 @@ from dreamllm.inference.page import escape
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 40, 46, 12, 28
+GLYPH = 6.6
+"""Width of a bold digit of the labels, at their size of 10."""
 MOST_POINTS = 300
 SMOOTHING = 0.05
 """Width of the moving average as a share of the curve's points."""
@@ -28,9 +30,12 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
     y_ticks = nice_ticks(max(values))
     x_ticks = nice_ticks(max(steps), most=6)
     top, last = y_ticks[-1], max(max(steps), 1e-9)
+    final = sum(values[-width:]) / width
+    left = max(LEFT, 9 + GLYPH * max(len(short(tick)) for tick in y_ticks))
+    right = max(RIGHT, 8 + GLYPH * len(short(final)))
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        return left + (WIDTH - left - right) * step / last
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
@@ -39,8 +44,8 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
         return "M" + "L".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, points, strict=True))
 
     grid = [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-        f'<text x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">{short(t)}</text>'
+        f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - right:.1f}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text x="{left - 7:.1f}" y="{y(t) + 3.5:.1f}" text-anchor="end">{short(t)}</text>'
         for t in y_ticks
     ]
     grid += [
@@ -48,7 +53,6 @@ def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> s
         for t in x_ticks
         if t <= last
     ]
-    final = sum(values[-width:]) / width
     end_x, end_y = x(steps[-1]), y(final)
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: '

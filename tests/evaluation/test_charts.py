@@ -81,3 +81,14 @@ def test_a_share_is_shown_on_the_whole_scale():
     for part in ("width:90.00%", "left:85.00%;width:10.00%", "left:93.00%"):
         assert part in shown
     assert "target" not in interval_chart(0.9, (0.85, 0.95), None)
+
+
+@pytest.mark.parametrize("values", [[0.01, 0.0075], [9.55e-4, 9.55e-4], [-0.0, 12345.0], [7.2, 7.22]])
+def test_no_label_is_cut_off(values):
+    """By the width of a digit in a browser's usual sans-serif: 0.64 of its size, bold."""
+    svg = ElementTree.fromstring(line_chart(range(1, len(values) + 1), values, "x"))
+    for label in (e for e in svg if e.tag == "text"):
+        at, wide = float(label.get("x")), 6.4 * len(label.text)
+        begin = at - wide * {"end": 1.0, "middle": 0.5}.get(label.get("text-anchor"), 0.0)
+        assert begin >= 0
+        assert begin + wide <= WIDTH
