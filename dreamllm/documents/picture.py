@@ -62,6 +62,8 @@ def picture_size(source: PictureSource, name: str = "") -> tuple[int, int]:
 def _label(source: PictureSource, name: str) -> str:
     if not isinstance(source, Image.Image | np.ndarray | bytes | str | Path):
         raise TypeError(f"a picture must be a PIL image, array, bytes or path, not {type(source).__name__}")
+    if isinstance(source, bytes):
+        return name or f"of {len(source)} bytes"
     return name or (str(source) if isinstance(source, str | Path) else type(source).__name__)
 
 

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dreamllm.data import make_reader
+from dreamllm.data.locate import existing
+from dreamllm.data.registry import recognised
 from dreamllm.inspection.figures import figures, problem_rows
 from dreamllm.inspection.page import page
 from dreamllm.inspection.survey import Survey, survey
@@ -42,13 +44,14 @@ def inspect(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     processor = None if model is None else DreamLLMProcessor.from_pretrained(model)
+    kind = recognised(existing(path)) if kind == "auto" else kind
     reader = make_reader(kind, path, **(options or {}))
     console = Console()
     total = min(examine, len(reader))
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("looking", total=total)
         decode = None if processor is None else processor.decode_text
-        found = survey(reader, examine, samples, processor, decode, lambda: bar.advance(task))
+        found = survey(reader, kind, examine, samples, processor, decode, lambda: bar.advance(task))
     show(found, console)
     out.write_text(page(found, reader.name), encoding="utf-8")
     console.print(f"wrote {out}", soft_wrap=True, highlight=False, markup=False)

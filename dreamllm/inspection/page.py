@@ -146,7 +146,7 @@ def _closed(slots: list[str]) -> list[str]:
 
 def _slot(segment: Segment, picture: Image.Image) -> str:
     name = "DRM" if segment.kind == "dream" else "IMG"
-    words = [name if segment.tokens is None else f"{name} {segment.tokens}"]
+    words = [name if segment.tokens is None else f"{name}, {segment.tokens} tokens"]
     if segment.kind == "dream" and segment.learned:
         words.append('<span class="learned mark">start learned</span>')
     kind = " dream" if segment.kind == "dream" else ""

@@ -49,6 +49,7 @@ class Survey:
 
 def survey(
     reader: Reader,
+    kind: str,
     examine: int,
     samples: int,
     encoder: Encoder | None = None,
@@ -58,10 +59,8 @@ def survey(
     """Looks at `examine` documents, drawn at random but always the same, and keeps the first `samples` usable ones.
 
     With `encoder` (and its `decode`: ids -> text) each is prepared exactly as for training. Pictures are decoded.
-    `step` is called after each document.
+    `kind` is what the survey calls this kind of data (`KINDS`); `step` is called after each document.
     """
-    described = reader.describe()
-    kind = f"{described['kind']} of {described['source']}" if "source" in described else described["kind"]
     found = Survey(kind, reader.name, len(reader))
     order = Permutation(len(reader), seed=0) if len(reader) else ()
     for i in range(min(examine, len(reader))):

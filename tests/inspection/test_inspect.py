@@ -115,14 +115,14 @@ def test_the_page_shows_text_as_text_and_pictures_small(tmp_path, model, capsys)
     assert len(pictures) == 6  # each created and seen
     assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in pictures)
     assert {attributes["width"] for attributes in pictures} == {"168"}
-    assert "DRM 6" in found.text
-    assert "IMG 6" in found.text
+    assert "DRM, 6 tokens" in found.text
+    assert "IMG, 6 tokens" in found.text
     assert not re.search(r"(src|href)=\"(?!data:)", out.read_text(encoding="utf-8"))
 
 
 def test_without_a_model_the_parts_are_shown(tmp_path):
     reader = make_reader("interleaved_lines", stories(tmp_path))
-    found = survey(reader, 10, 2)
+    found = survey(reader, "pair_folder", 10, 2)
     assert (found.documents, found.examined, len(found.characters), len(found.shown)) == (4, 4, 3, 2)
     assert (sum(found.pictures), found.created, found.tokens) == (3, 3, [])
     assert found.log.counts == {"lost_picture": 3, "malformed": 1}
@@ -134,7 +134,7 @@ def test_without_a_model_the_parts_are_shown(tmp_path):
 def test_figures_with_a_model_are_those_of_the_sequences(tmp_path, model):
     processor = model[1]
     reader = Interleaved(stories(tmp_path) / "docs.jsonl")
-    found = survey(reader, 10, 1, processor, processor.decode_text)
+    found = survey(reader, "pair_folder", 10, 1, processor, processor.decode_text)
     lengths = []
     for i in range(3):
         document = reader.document(i)
@@ -145,7 +145,7 @@ def test_figures_with_a_model_are_those_of_the_sequences(tmp_path, model):
 
 def test_a_sample_of_the_documents_is_drawn_the_same_each_time(tmp_path):
     reader = make_reader("pair_folder", write_pairs(tmp_path, 40), mode="creation")
-    first, again = survey(reader, 10, 5), survey(reader, 10, 5)
+    first, again = survey(reader, "pair_tars", 10, 5), survey(reader, "pair_tars", 10, 5)
     assert [shown.name for shown in first.shown] == [shown.name for shown in again.shown]
     assert (first.examined, len(first.characters)) == (10, 10)
     assert "10 of 40 documents were looked at, drawn at random." in Page(page(first, "t")).text
@@ -163,6 +163,7 @@ def test_filtered_and_broken_samples_are_told_apart(tmp_path, capsys):
     assert re.search(r"small picture +2 +left out by a filter", printed)
     assert re.search(r"corrupt image +1 +cannot be used", printed)
     assert "3 usable, 1 unusable, 2" in printed
+    assert re.search(r"kind +pair_tars", printed)
 
 
 @pytest.mark.parametrize(
