@@ -91,6 +91,22 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_old_one(root, reference, tmp
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / folder).items())
 
 
+@pytest.mark.usefixtures("unlimited_afterwards")
+def test_a_model_that_finds_no_room_leaves_the_checkpoint_to_make_it_from(root, reference, tmp_path):
+    last = 2 * STEPS * DOCUMENTS - 1
+
+    def fill_the_disk(count: int) -> None:
+        if count == last:
+            limit_file_size(20_000)
+
+    with pytest.raises(SaveError, match="the model of two could not be written"):
+        quiet_run(config(root, tmp_path, hook=fill_the_disk, save_in_background=False))
+    limit_file_size(resource.RLIM_INFINITY)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("model")]
+    assert "resuming after step 8" in quiet_run(config(root, tmp_path))
+    assert_same_result(tmp_path, reference)
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(root, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SaveError, match=r"folder .*file/out cannot be written"):
