@@ -16,6 +16,27 @@ SMOOTHING = 0.05
 """Width of the moving average as a share of the curve's points."""
 
 
+CHART_STYLE = """
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1.5rem 2rem; }
+.charts figure { margin: 0; max-width: 30rem; }
+.charts figcaption { display: flex; gap: 0.6rem; align-items: baseline; }
+.chart { width: 100%; height: auto; display: block; font: 10px var(--label); fill: var(--muted); }
+.chart .grid { stroke: var(--line); } .chart path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
+.chart .raw { stroke-width: 1; opacity: 0.3; } .chart .curve { stroke-width: 1.8; }
+.chart .dot { fill: var(--accent); } .chart .value { fill: var(--ink); font-weight: 600; }
+.scale { position: relative; height: 0.8rem; border-radius: 3px; background: var(--line); }
+.scale i { position: absolute; display: block; }
+.scale .bar { inset: 0 auto 0 0; background: var(--accent); border-radius: 3px; opacity: 0.55; }
+.scale .interval { top: calc(50% - 1px); height: 2px; background: var(--ink); }
+.scale .interval::before, .scale .interval::after {
+  content: ""; position: absolute; top: -3px; height: 8px; width: 2px; background: var(--ink);
+}
+.scale .interval::after { right: 0; }
+.scale .target { top: -5px; bottom: -5px; width: 0; border-left: 2px dotted var(--ink); }
+"""
+"""Rules for pages with these charts; line charts stand as figures in a `div` of class `charts`."""
+
+
 def line_chart(steps: Sequence[float], values: Sequence[float], title: str) -> str:
     """One curve over training steps: every point faint, its moving average strong, the mean of the last as a number.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dreamllm.evaluation.statistics import Proportion
 from dreamllm.inference import Answer, Assistant, DrawingOptions, Engine, GenerationOptions, drawing_defaults
 from dreamllm.inference.drawing import Progress as OnStep
 from dreamllm.inference.drawing import to_pil
+from dreamllm.training import write_json
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TARGETS = {"captions": 0.93, "creation": 0.88, "counting": 0.80}
@@ -133,11 +133,8 @@ class DigitsEvaluation:
         """Writes `digits.json` and `digits.npz` into `folder`, each complete or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.results.to_json(), indent=2) + "\n"
-        partial = folder / f"{RESULTS_FILE}.partial"
-        partial.write_text(text, encoding="utf-8")
         self.samples.save(folder / SAMPLES_FILE)
-        partial.replace(folder / RESULTS_FILE)
+        write_json(folder / RESULTS_FILE, self.results.to_json())
 
 
 def evaluate_digits(

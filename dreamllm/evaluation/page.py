@@ -9,19 +9,13 @@ from typing import Any
 from dreamllm.documents import PictureSource, load_picture
 from dreamllm.evaluation.benchmarks.base import Figure
 from dreamllm.evaluation.paper import TABLES, Table
-from dreamllm.inference.page import data_uri, escape, html_page
+from dreamllm.inference.page import data_uri, escape, report_page
 
 WORST, BEST = 24, 6
 THUMBNAIL = 320
 MOST_TEXT, MOST_REFERENCES = 400, 3
 
 STYLE = """
-body { font-size: 1.0625rem; }
-main { max-width: 64rem; }
-h1 { margin-bottom: 0.4rem; }
-h2 { font-size: 1.35rem; margin: 3.2rem 0 0.4rem; }
-.lead, .note { color: var(--muted); max-width: 44rem; margin: 0 0 1.2rem; }
-.lead { font-size: 1.15rem; }
 .note { font: 0.9rem/1.5 var(--label); }
 .figures { display: flex; flex-wrap: wrap; gap: 0.6rem 2.6rem; margin: 1.6rem 0 0; padding: 0; }
 .figures div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
@@ -30,7 +24,6 @@ h2 { font-size: 1.35rem; margin: 3.2rem 0 0.4rem; }
 .figures div:first-child { flex-basis: 100%; }
 .figures div:first-child dd { font-size: 3rem; line-height: 1.1; letter-spacing: -0.02em; }
 .figures div.none dd { font: italic 1rem/1.5 var(--label); color: var(--muted); letter-spacing: 0; }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font: 0.9rem/1.4 var(--label); font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 0.42rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -43,7 +36,6 @@ td.none { color: var(--muted); font-weight: 400 !important; }
 .example { margin: 0; border-top: 3px solid var(--line); padding-top: 0.7rem; }
 .example.bad { border-color: var(--bad); } .example.good { border-color: var(--good); }
 .example img { display: block; height: 12rem; width: auto; max-width: 100%; object-fit: contain; }
-.example img.px { image-rendering: pixelated; }
 .example p { font: 0.92rem/1.45 var(--label); margin: 0.55rem 0 0; }
 .example .question { color: var(--muted); white-space: pre-line; }
 .example .said { font-weight: 600; }
@@ -80,7 +72,7 @@ def write_page(page: Page) -> str:
     sections = [_introduction(page), _figures(page.figures)]
     sections += [_table(table, page) for table in TABLES if results["benchmark"] in dict(table.columns)]
     sections.append(_examples(page.examples))
-    return html_page(title, f"<main>{''.join(sections)}</main>", STYLE)
+    return report_page(title, "".join(sections), STYLE)
 
 
 def _introduction(page: Page) -> str:

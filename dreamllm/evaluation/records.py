@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreamllm.training import write_text
+
 RECORDS_FILE = "records.jsonl"
 
 
@@ -102,13 +104,6 @@ def merged(folder: Path, total: int, shards: int) -> list[dict[str, Any]] | None
     return [found[i] for i in range(total)]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file beside `path` and renames it, so that it is complete or absent."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-    partial.replace(path)
-
-
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """All records as JSON lines."""
+    """All records as JSON lines, whole or not at all."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamllm.evaluation.charts import interval_chart, line_chart
+from dreamllm.evaluation.charts import CHART_STYLE, interval_chart, line_chart
 from dreamllm.evaluation.digits import RESULTS_FILE, SAMPLES_FILE, WORDS, names_only
 from dreamllm.evaluation.samples import DigitsSamples
-from dreamllm.inference.page import data_uri, escape, flow, html_page
+from dreamllm.inference.page import data_uri, escape, flow, report_page
+from dreamllm.training import write_text
 
 METRICS_FILE, REPORT_FILE, EVALUATION_FOLDER = "metrics.jsonl", "report.html", "evaluation"
 LOSSES = {"lm_loss": "Language loss", "vm_loss": "Picture loss", "loss": "Loss"}
@@ -30,16 +31,9 @@ RESULT_NAMES = {
 SHOWN_CAPTIONS, SHOWN_CREATED, SHOWN_REAL, SHOWN_MAPS, MAPS_PER_ROW = 60, 10, 4, 64, 8
 
 STYLE = """
-body { font-size: 1.0625rem; }
 main { max-width: 60rem; }
-h1 { margin-bottom: 0.4rem; }
-h2 { font-size: 1.35rem; margin: 3.5rem 0 0.4rem; }
-h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
-.lead, .note { color: var(--muted); max-width: 44rem; margin: 0 0 1.4rem; }
-.lead { font-size: 1.15rem; }
-.label { font: 0.82rem/1.35 var(--label); color: var(--muted); }
 .verdict { white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); }
-.px { image-rendering: pixelated; display: block; border-radius: 3px; }
+.px { display: block; border-radius: 3px; }
 
 .results { display: grid; gap: 1.1rem; margin: 1.5rem 0 0; }
 .result { display: grid; grid-template-columns: 15rem 1fr 7.5rem; gap: 0.2rem 1.5rem; align-items: center; }
@@ -48,23 +42,6 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
 .result.part h3 { font-weight: 400; }
 .result.part .figure { font-weight: 400; font-size: 1rem; }
 .result .label { grid-column: 1 / -1; }
-.scale { position: relative; height: 0.8rem; border-radius: 3px; background: var(--line); }
-.scale i { position: absolute; display: block; }
-.scale .bar { inset: 0 auto 0 0; background: var(--accent); border-radius: 3px; opacity: 0.55; }
-.scale .interval { top: calc(50% - 1px); height: 2px; background: var(--ink); }
-.scale .interval::before, .scale .interval::after {
-  content: ""; position: absolute; top: -3px; height: 8px; width: 2px; background: var(--ink);
-}
-.scale .interval::after { right: 0; }
-.scale .target { top: -5px; bottom: -5px; width: 0; border-left: 2px dotted var(--ink); }
-
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1.5rem 2rem; }
-.charts figure { margin: 0; max-width: 30rem; }
-.charts figcaption { display: flex; gap: 0.6rem; align-items: baseline; }
-.chart { width: 100%; height: auto; display: block; font: 10px var(--label); fill: var(--muted); }
-.chart .grid { stroke: var(--line); } .chart path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
-.chart .raw { stroke-width: 1; opacity: 0.3; } .chart .curve { stroke-width: 1.8; }
-.chart .dot { fill: var(--accent); } .chart .value { fill: var(--ink); font-weight: 600; }
 
 .digits { display: grid; gap: 0.45rem; overflow-x: auto; padding-bottom: 0.3rem; }
 .digits > div {
@@ -95,7 +72,6 @@ h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
 .attention .px { width: 56px; height: 56px; }
 .attention > div > .px { margin-right: 0.5rem; flex: none; }
 .attention .maps { display: grid; grid-template-columns: repeat(var(--columns), max-content); gap: 0.45rem; }
-footer { margin-top: 4rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) {
   .result, .result.part { grid-template-columns: 1fr auto; }
   .result .scale { grid-column: 1 / -1; grid-row: 2; }
@@ -131,11 +107,9 @@ def write_report(run_dir: str | Path) -> Path:
         _documents(samples),
         _attention(samples),
     )
-    page = html_page("A small DreamLLM", f"<main>{''.join(sections)}{_footer(run_dir)}</main>", STYLE)
+    page = report_page("A small DreamLLM", "".join([*sections, _footer(run_dir)]), CHART_STYLE + STYLE)
     path = run_dir / REPORT_FILE
-    partial = path.with_name(f"{REPORT_FILE}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
     return path
 
 

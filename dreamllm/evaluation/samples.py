@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dreamllm.documents import Document, Picture, Text
+from dreamllm.training import write_file
 
 _ARRAYS = ("pictures", "labels", "created", "wanted", "judged", "attention_pictures", "attention_maps")
 
@@ -48,10 +49,7 @@ class DigitsSamples:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"document_picture_{i}": picture for i, picture in enumerate(drawn)}
         arrays["texts"] = np.array(json.dumps(texts))
-        partial = path.with_name(f"{path.name}.partial")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        partial.replace(path)
+        write_file(path, lambda file: np.savez_compressed(file, **arrays))
 
     @staticmethod
     def load(path: Path) -> DigitsSamples:

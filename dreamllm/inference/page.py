@@ -58,6 +58,21 @@ img.tiny {
 .nothing { color: var(--muted); font-style: italic; }
 """
 
+REPORT_STYLE = """
+body { font-size: 1.0625rem; }
+main { max-width: 64rem; }
+h1 { margin-bottom: 0.4rem; }
+h2 { font-size: 1.35rem; margin: 3.2rem 0 0.5rem; }
+h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
+.lead, .note { color: var(--muted); max-width: 46rem; margin: 0 0 1.2rem; }
+.lead { font-size: 1.15rem; }
+.label { font: 0.86rem/1.4 var(--label); color: var(--muted); }
+.scroll { overflow-x: auto; }
+img.px { image-rendering: pixelated; }
+footer { margin-top: 4rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
+"""
+"""What pages with figures, tables and examples share."""
+
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -87,6 +102,11 @@ def html_page(title: str, body: str, style: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def report_page(title: str, body: str, style: str = "") -> str:
+    """A complete page of results: `REPORT_STYLE`, and `style` after it."""
+    return html_page(title, f"<main>{body}</main>", REPORT_STYLE + style)
 
 
 def flow(document: Document) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dreamllm.documents import PictureError, load_picture
-from dreamllm.evaluation.charts import line_chart
-from dreamllm.inference.page import escape, html_page, picture_tag
+from dreamllm.evaluation.charts import CHART_STYLE, line_chart
+from dreamllm.inference.page import escape, picture_tag, report_page
 from dreamllm.monitoring.samples import Sample, read_samples
 from dreamllm.training import read_metrics, write_text
 
@@ -20,26 +20,13 @@ SHOWN_TIMES = 6
 """Moments at which samples of one prompt are shown: the first, the last and evenly between."""
 
 STYLE = """
-body { font-size: 1.0625rem; }
-main { max-width: 64rem; }
-h1 { margin-bottom: 0.4rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 0.8rem; }
-h3 { font: 600 0.95rem/1.4 var(--label); margin: 0; }
-.note { color: var(--muted); max-width: 46rem; margin: 0 0 1.2rem; }
-.label, td, th { font: 0.86rem/1.4 var(--label); }
-.label, th { color: var(--muted); }
-.scroll { overflow-x: auto; }
+td, th { font: 0.86rem/1.4 var(--label); }
+th { color: var(--muted); }
 table { border-collapse: collapse; min-width: 30rem; }
 th, td { text-align: left; padding: 0.3rem 1.4rem 0.3rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td .done { display: inline-block; height: 0.55rem; border-radius: 3px; background: var(--line); width: 8rem; }
 td .done i { display: block; height: 100%; border-radius: 3px; background: var(--accent); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1.5rem 2rem; }
-.charts figure { margin: 0; max-width: 30rem; }
-.chart { width: 100%; height: auto; display: block; font: 10px var(--label); fill: var(--muted); }
-.chart .grid { stroke: var(--line); } .chart path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
-.chart .raw { stroke-width: 1; opacity: 0.3; } .chart .curve { stroke-width: 1.8; }
-.chart .dot { fill: var(--accent); } .chart .value { fill: var(--ink); font-weight: 600; }
 .prompt-samples { border-top: 1px solid var(--line); padding: 1rem 0 0.4rem; }
 .times { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem 1.2rem; }
 .times figure { margin: 0; } .times img { max-width: 100%; height: auto; border-radius: 4px; }
@@ -47,7 +34,6 @@ td .done i { display: block; height: 100%; border-radius: 3px; background: var(-
 details { margin: 1rem 0; } summary { cursor: pointer; font: 600 0.95rem/1.4 var(--label); }
 pre { font-size: 0.82rem; line-height: 1.45; overflow-x: auto; background: var(--raised); border: 1px solid var(--line);
   border-radius: 8px; padding: 1rem; }
-footer { margin-top: 4rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 """
 
 
@@ -111,7 +97,7 @@ def write_run_page(run: str | Path) -> Path:
     footer = (
         f'<footer class="label">Made from run.json, metrics.jsonl and samples of the run “{escape(name)}”.</footer>'
     )
-    page = html_page(f"Run {name}", f"<main>{''.join(sections)}{footer}</main>", STYLE)
+    page = report_page(f"Run {name}", "".join([*sections, footer]), CHART_STYLE + STYLE)
     path = run / PAGE_FILE
     write_text(path, page)
     return path

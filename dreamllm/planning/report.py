@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
 from dreamllm.planning.plan import Plan
-from dreamllm.training.progress import say
+from dreamllm.training.progress import plain_table, say
 from dreamllm.workloads import STAGES
 from dreamllm.workloads import stage as find_stage
 from dreamllm.workloads.stages import PAPER_GPUS
@@ -54,15 +54,8 @@ def show(plan: Plan, console: Console) -> None:
         say(console, f"- {line}")
 
 
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in columns:
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
-    return table
-
-
 def _setting(plan: Plan) -> Table:
-    table = _table(("setting", "left"), ("", "right"), ("", "left"))
+    table = plain_table(("setting", "left"), ("", "right"), ("", "left"))
     table.add_row("sharding", plan.sharding, "")
     table.add_row("micro-batch", str(plan.micro_batch), "documents per GPU and pass")
     table.add_row("accumulation", str(plan.accumulation), "passes per step")
@@ -76,7 +69,7 @@ def _setting(plan: Plan) -> Table:
 
 def memory_table(plan: Plan) -> Table:
     """What the fullest GPU holds at the peak, by kind."""
-    table = _table(("memory per GPU", "left"), ("GiB", "right"), ("share", "right"))
+    table = plain_table(("memory per GPU", "left"), ("GiB", "right"), ("share", "right"))
     total = plan.memory_bytes
     for kind, size in sorted(plan.memory.items(), key=lambda item: -item[1]):
         table.add_row(kind, f"{size / GIB:.2f}", f"{100 * size / total:.0f}%")
@@ -90,7 +83,7 @@ def memory_table(plan: Plan) -> Table:
 
 def time_table(plan: Plan) -> Table:
     """Where a step's time goes, by part of the model."""
-    table = _table(("time per step", "left"), ("ms", "right"), ("share", "right"))
+    table = plain_table(("time per step", "left"), ("ms", "right"), ("share", "right"))
     step = plan.step_seconds
     rows = {part: plan.accumulation * seconds for part, seconds in plan.time.by_part.items()}
     rows["launch"] = plan.accumulation * max(0.0, plan.time.seconds - sum(plan.time.by_part.values()))
@@ -105,7 +98,7 @@ def time_table(plan: Plan) -> Table:
 
 
 def _rates(plan: Plan) -> Table:
-    table = _table(("throughput", "left"), ("", "right"))
+    table = plain_table(("throughput", "left"), ("", "right"))
     rates = (
         ("documents per second", f"{plan.documents_per_second:,.2f}"),
         ("tokens per second", f"{plan.tokens_per_second:,.0f}"),
@@ -122,7 +115,7 @@ def _rates(plan: Plan) -> Table:
 
 
 def _limits(plan: Plan) -> Table:
-    table = _table(("what limits it", "left"), ("share of step", "right"))
+    table = plain_table(("what limits it", "left"), ("share of step", "right"))
     for name, seconds in plan.limits.items():
         if seconds < 0.001 * plan.step_seconds:
             continue
@@ -131,7 +124,7 @@ def _limits(plan: Plan) -> Table:
 
 
 def _considered(plan: Plan) -> Table:
-    table = _table(
+    table = plain_table(
         ("considered, by estimate", "left"),
         ("micro-batch", "right"),
         ("GiB", "right"),
@@ -149,7 +142,7 @@ def _considered(plan: Plan) -> Table:
 
 
 def _paper(plan: Plan) -> Table:
-    table = _table((f"the paper, {PAPER_GPUS} x A800", "left"), ("hours", "right"), ("GPU-hours", "right"))
+    table = plain_table((f"the paper, {PAPER_GPUS} x A800", "left"), ("hours", "right"), ("GPU-hours", "right"))
     for name, stage in STAGES.items():
         if stage.paper_hours is not None:
             mark = "  <- this stage" if name == find_stage(plan.request.stage).kind else ""

@@ -14,7 +14,7 @@ from dreamllm.profiling.operators import OTHER
 from dreamllm.profiling.parts import PARTS
 from dreamllm.profiling.profile import Profile
 from dreamllm.profiling.recorder import GRADIENTS, Operator
-from dreamllm.training.progress import say
+from dreamllm.training.progress import plain_table, say
 
 MIB = 2**20
 
@@ -114,11 +114,7 @@ def _memory_table(profile: Profile) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    return plain_table((title, "left"), *((column, "right") for column in columns))
 
 
 def _seconds_by(operators: Iterable[Operator], key: Callable[[Operator], str]) -> dict[str, float]:

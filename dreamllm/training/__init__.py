@@ -17,7 +17,7 @@ from dreamllm.training.errors import (
     SaveError,
     TrainingInterrupted,
 )
-from dreamllm.training.files import make_folder, write_folder, write_json, write_text
+from dreamllm.training.files import make_folder, write_file, write_folder, write_json, write_text
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.merge import merge_stage1
 from dreamllm.training.metrics import read_metrics
@@ -47,6 +47,7 @@ __all__ = [
     "read_metrics",
     "run",
     "stage_batches",
+    "write_file",
     "write_folder",
     "write_json",
     "write_text",

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -22,10 +22,16 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` beside `path` and renames. Raises `SaveError`."""
+    """Writes `text` in UTF-8 as `write_file` does; half characters, which models may write, pass."""
+    write_file(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))
+
+
+def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Lets `fill` write a file beside `path`, of this process alone, and renames. Raises `SaveError`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        partial = path.with_name(path.name + PARTIAL)
-        partial.write_text(text, encoding="utf-8")
+        with open(partial, "wb") as file:
+            fill(file)
         _sync(partial)
         partial.replace(path)
     except OSError as error:

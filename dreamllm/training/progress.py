@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 LINES_PER_STAGE = 5
@@ -17,6 +18,14 @@ LINES_PER_STAGE = 5
 def say(console: Console, message: str) -> None:
     """Prints a line as it is, neither wrapped nor coloured."""
     console.print(message, soft_wrap=True, highlight=False, markup=False)
+
+
+def plain_table(*columns: tuple[str, Literal["left", "right", "fold"]]) -> Table:
+    """A table without lines. Columns are `left` or `right`, or `fold`: left, and over several lines where too long."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, kind in columns:
+        table.add_column(name, justify="right" if kind == "right" else "left", no_wrap=kind != "fold", overflow="fold")
+    return table
 
 
 class StageProgress:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamllm.training import write_file
+
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
@@ -55,10 +57,8 @@ class FeatureStatistics:
 
     def save(self, path: Path) -> None:
         """Writes `mu`, `sigma` and `count`, complete or not at all."""
-        partial = Path(f"{path}.partial")
-        with open(partial, "wb") as file:
-            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), count=np.array(self.count))
-        partial.replace(path)
+        mean, covariance, count = self.mean.numpy(), self.covariance.numpy(), np.array(self.count)
+        write_file(Path(path), lambda file: np.savez(file, mu=mean, sigma=covariance, count=count))
 
 
 class StatisticsSum:

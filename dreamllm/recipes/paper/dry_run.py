@@ -26,7 +26,7 @@ from dreamllm.planning import (
 from dreamllm.recipes.paper.datasets import DATASETS, DataSettings
 from dreamllm.recipes.paper.stages import PAPER_GPUS, PaperStage, Variant
 from dreamllm.training import RunSettings, StageConfig
-from dreamllm.training.progress import quiet_transformers, say
+from dreamllm.training.progress import plain_table, quiet_transformers, say
 from dreamllm.workloads import model_config
 
 SIZE, PAPER_MODEL = "7b", "not given; figures are for the paper's 7B"
@@ -74,16 +74,15 @@ def show(run: DryRun, console: Console) -> None:
         _memory_and_time(run, config, console)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in columns:
-        figures = name in ("per epoch", "share", "documents", "million", "value")
-        table.add_column(name, justify="right" if figures else "left", no_wrap=name != "where", overflow="fold")
-    return table
-
-
 def _data(run: DryRun) -> Table:
-    table = _table("data", "per epoch", "share", "documents", "kind", "where")
+    table = plain_table(
+        ("data", "left"),
+        ("per epoch", "right"),
+        ("share", "right"),
+        ("documents", "right"),
+        ("kind", "left"),
+        ("where", "fold"),
+    )
     parts = run.config.data if run.data.given else ()
     if run.data.parts:
         sizes = [len(part.reader) if part.size is None else parse_size(part.size) for part in parts]
@@ -100,7 +99,7 @@ def _data(run: DryRun) -> Table:
 
 
 def _parameters(run: DryRun, config: DreamLLMConfig) -> Table:
-    table = _table("parameters", "million", "")
+    table = plain_table(("parameters", "left"), ("million", "right"), ("", "left"))
     with torch.device("meta"):
         groups = DreamLLM(config).parameter_groups()
     counts = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
@@ -114,7 +113,7 @@ def _parameters(run: DryRun, config: DreamLLMConfig) -> Table:
 
 def _steps(run: DryRun) -> Table:
     config = run.config
-    table = _table("training", "value", "")
+    table = plain_table(("training", "left"), ("value", "right"), ("", "left"))
     warmup = math.ceil(config.steps * config.warmup_ratio)
     lm, vm = config.weights
     packed = config.tokens_per_batch is not None
@@ -137,7 +136,7 @@ def _steps(run: DryRun) -> Table:
 
 
 def _changed(settings: RunSettings) -> Table:
-    table = _table("settings", "value", "")
+    table = plain_table(("settings", "left"), ("value", "right"), ("", "left"))
     plain = RunSettings()
     for name in (f.name for f in fields(settings)):
         value = getattr(settings, name)
@@ -171,7 +170,7 @@ def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> N
 
 
 def _length(run: DryRun, plan: Plan) -> Table:
-    table = _table("the whole stage", "value", "")
+    table = plain_table(("the whole stage", "left"), ("value", "right"), ("", "left"))
     hours = run.config.steps * plan.step_seconds / 3600
     tokens = plan.load.tokens * run.config.micro_batches
     table.add_row("tokens", f"{tokens * run.config.steps / 1e9:,.1f} G", f"{tokens:,.0f} per step on average")
