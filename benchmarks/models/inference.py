@@ -19,6 +19,7 @@ from benchmarks.harness import Call, Case
 from benchmarks.models.rounding import picture_tolerance
 from benchmarks.models.setting import Setting
 from benchmarks.models.workloads import PICTURE_TOLERANCE, least_rounds
+from benchmarks.original_pattern import OriginalPattern, write
 from dreamllm.documents import Document, prompt
 from dreamllm.inference import Answer, DrawingOptions, Engine, GenerationOptions
 from dreamllm.inference.drawing import picture_seed
@@ -28,6 +29,7 @@ from dreamllm.workloads import SyntheticDocuments, made_with, model_config, mode
 from dreamllm.workloads.sizes import make_tokenizer
 
 TOGETHER, APART, TRANSFORMERS = "dreamllm", "one after another", "transformers generate, dynamic cache"
+PATTERN = "original pattern, one after another"
 # Decoders of proportions that decoding is bound by; other sizes write with their own.
 WRITER = {
     "mini": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8},
@@ -109,6 +111,48 @@ def _writer(setting: Setting) -> tuple[DreamLLM, DreamLLMProcessor]:
     return model, DreamLLMProcessor(images, tokenizer, ProcessorSettings.from_config(config))
 
 
+def questions_case(setting: Setting, questions: int = 8, num_beams: int = 5, new_tokens: int = 32) -> Case:
+    """Questions about a picture each, answered with beams: in one batch, one by one, and one by one by `generate`, as
+    the original evaluates. In float32 their tokens are equal."""
+    size = setting.size
+    engine = _engine(setting)
+    source = SyntheticDocuments("picture prompt", size, questions)
+    documents = [source[i] for i in range(questions)]
+    padded = [engine.processor.pad([engine.processor.encode(document)]) for document in documents]
+    names = ("input_ids", "attention_mask", "pixel_values")
+    inputs = [[batch[name].to(setting.device) for name in names] for batch in padded]
+    pattern = OriginalPattern(engine.model)
+    never = [*engine._never.nonzero().flatten().tolist(), engine.layout.dream_start]
+    options = GenerationOptions(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, pictures="forbid", num_beams=num_beams
+    )
+
+    def together() -> list[Tensor]:
+        return _values(engine.answers(documents, options), setting)
+
+    def apart() -> list[Tensor]:
+        return _values([engine.answer(document, options) for document in documents], setting)
+
+    def original() -> list[Tensor]:
+        rows = torch.cat([write(pattern, *given, new_tokens, num_beams, never)[0] for given in inputs])
+        return [torch.tensor([len(rows)], dtype=torch.float64) if setting.rounds else rows.double().cpu()]
+
+    return Case(
+        f"{size} questions",
+        f"{setting.note}{questions} questions about a picture each, {num_beams} beams, {new_tokens} tokens; "
+        "a sample is an answer",
+        list,
+        {TOGETHER: together, APART: apart, PATTERN: original},
+        bytes_moved=new_tokens * sum(p.numel() * p.element_size() for p in engine.model.language_model.parameters()),
+        flops=0,
+        relative_tolerance=0.0,
+        device=setting.device,
+        samples=questions,
+        least_rounds=least_rounds(setting),
+        end_to_end=True,
+    )
+
+
 def mixed_case(setting: Setting, steps: int = 50, new_tokens: int = 32) -> Case:
     """16 requests: 8 captions, 4 pictures, 4 documents that begin with a picture and go on with text."""
     size = setting.size
@@ -178,6 +222,7 @@ def inference_workloads(setting: Setting, steps: int = 50) -> dict[str, Callable
     return {
         "inference_writing": lambda: writing_case(setting, 1),
         "inference_writing_batch": lambda: writing_case(setting, 8),
+        "inference_questions": lambda: questions_case(setting),
         "inference_mixed": lambda: mixed_case(setting, steps=steps),
         "inference_candidates": lambda: candidates_case(setting, steps=steps),
     }

@@ -49,8 +49,9 @@ def evaluate(
         model: a model folder.
         data: folder with the benchmark's files; see --list.
         out: folder of the run; default: evaluation/BENCHMARK.
-        protocol: original (the default) asks as the original program does; plain asks in one line, greedily, in the
-            model's own template.
+        protocol: original (the default) asks and draws as the original program does; plain asks in one line, greedily,
+            in the model's own template, draws as the model's configuration recommends, and leaves language tasks to
+            lm-eval's own definitions.
         limit: evaluate on the first samples only.
         batch_size: samples that are answered or drawn together.
         processes: processes that share the samples out; with device cuda each has a GPU of its own.
@@ -67,8 +68,8 @@ def evaluate(
         raise ValueError("name a benchmark; --list shows them")
     chosen = find_benchmark(benchmark)
     if isinstance(chosen, DigitsBenchmark | LanguageBenchmark):
-        own: dict[str, object] = {"protocol": protocol, "judge": judge}
-        own |= {"data": data, "limit": limit} if isinstance(chosen, DigitsBenchmark) else {}
+        own: dict[str, object] = {"judge": judge}
+        own |= {"protocol": protocol, "data": data, "limit": limit} if isinstance(chosen, DigitsBenchmark) else {}
         surplus = [f"--{name}" for name, value in own.items() if value is not None]
         surplus += ["--processes"] if processes != 1 else []
         surplus += ["--shard"] if shard != "0/1" else []
@@ -99,7 +100,9 @@ def _run(benchmark: Benchmark, options: RunOptions, processes: int) -> Results |
     if isinstance(benchmark, LanguageBenchmark):
         # Not imported with this file: lm-eval takes seconds, and every command would wait for it.
         if find_spec("lm_eval") is None:
-            raise ModuleNotFoundError(f"{benchmark.title} is run by lm-eval; install it with: pip install lm-eval")
+            raise ModuleNotFoundError(
+                f"{benchmark.title} is run by lm-eval, part of the extra [eval]; install it with: pip install lm-eval"
+            )
         return import_module("dreamllm.evaluation.harness.lm_eval_run").run_language(benchmark, options)
     return run_benchmark(benchmark, options, processes)
 
@@ -111,7 +114,7 @@ def show_results(results: Results | None, options: RunOptions, console: Console)
         return
     for figure in results["figures"]:
         shown = f"not run: {figure['reason']}" if figure["value"] is None else f"{figure['value']:.2f}"
-        console.print(f"{figure['name']:32} {shown}", markup=False, highlight=False)
+        console.print(f"{figure['name']:32} {shown}", markup=False, highlight=False, soft_wrap=True)
     paper = f"; the paper reports {results['paper']}" if results["paper"] else ""
     console.print(f"{results['samples']} samples of {results['title']}, {results['split']}{paper}", markup=False)
     console.print(f"report: {options.out / REPORT_FILE}", markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from dreamllm.evaluation.drawing import draw_shard, picture_file
 from dreamllm.evaluation.metrics import feature_statistics, frechet_distance
 from dreamllm.evaluation.page import Example
 from dreamllm.evaluation.progress import progress_bar
-from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, write_records, write_text
+from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, write_records
 from dreamllm.evaluation.run import Results, RunOptions, claim, report
 from dreamllm.evaluation.samples import to_uint8
 from dreamllm.evaluation.statistics import Proportion
 from dreamllm.inference import Assistant, DrawingOptions, drawing_defaults, load
+from dreamllm.training import write_text
 
 READING, CREATION, COUNTING_FILE = "reading", "creation", "counting.json"
 PROTOCOL = "recipe"
@@ -144,7 +145,8 @@ def _draw(
     folder = options.out / CREATION
     folder.mkdir(exist_ok=True)
     given = settings.drawing
-    drawing = Drawing() if given is None else Drawing(given.steps, given.guidance_scale, given.scheduler)
+    names = {field.name for field in fields(Drawing)} - {"candidates"}
+    drawing = Drawing() if given is None else Drawing(**{name: getattr(given, name) for name in names})
     with progress_bar(console, "drawing digits", len(samples)) as progress:
         draw_shard(
             samples, drawing, ModelAnswerer(assistant, options.batch_size), None, folder, Shard(), options.batch_size,

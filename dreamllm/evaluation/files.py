@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SHOWN = 8
+Kind = Literal["text", "number", "id", "list"]
+_KINDS: dict[Kind, Any] = {"text": str, "number": int, "id": (str, int), "list": list}
 
 
 class DataFolderError(ValueError):
@@ -53,7 +55,11 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[Any]:
     """Raises `DataFolderError` naming the line that is not JSON. Empty lines are passed over."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataFolderError(f"{path} is not a text in UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -77,20 +83,39 @@ def entries(path: Path, values: Any, key: str | None = None) -> list[dict[str, A
     return found
 
 
-def value(path: Path, entry: dict[str, Any], name: str, number: int) -> Any:
-    """`entry[name]`. Raises `DataFolderError` with the entry's number and the names that it has."""
+def value(path: Path, entry: dict[str, Any], name: str, number: int, kind: Kind = "text") -> Any:
+    """`entry[name]`: a text, a whole number, one of both (an `id`), or a list. Raises `DataFolderError` with the
+    entry's number and what it has instead."""
     if name not in entry:
         there = ", ".join(map(str, list(entry)[:SHOWN])) or "nothing"
         raise DataFolderError(f"{path}: entry {number} has no {name!r}; it has {there}")
-    return entry[name]
+    found = entry[name]
+    if not isinstance(found, _KINDS[kind]) or isinstance(found, bool):
+        raise DataFolderError(f"{path}: {name!r} of entry {number} must be a {kind}, not {repr(found)[:60]}")
+    return found
+
+
+def texts(path: Path, entry: dict[str, Any], name: str, number: int, key: str | None = None) -> tuple[str, ...]:
+    """`entry[name]`, a list of texts, or of objects with a text `key`. Raises `DataFolderError` for anything else."""
+    found = value(path, entry, name, number, "list")
+    if key is not None:
+        found = [item.get(key) if isinstance(item, dict) else None for item in found]
+    if not all(isinstance(text, str) for text in found):
+        wanted = "texts" if key is None else f"objects with a text {key!r}"
+        raise DataFolderError(
+            f"{path}: {name!r} of entry {number} must be a list of {wanted}, not {repr(entry[name])[:60]}"
+        )
+    return tuple(found)
 
 
 def check_pictures(paths: Iterable[Path], where: Path) -> None:
-    """Raises `DataFolderError` with the number and the first names of pictures that do not exist."""
+    """Raises `DataFolderError` with the number and the first names of pictures that `where` does not have."""
     wanted = list(dict.fromkeys(paths))
     missing = [path for path in wanted if not path.is_file()]
     if missing:
-        names = ", ".join(path.name for path in missing[:3])
+        names = ", ".join(
+            str(path.relative_to(where)) if path.is_relative_to(where) else str(path) for path in missing[:3]
+        )
         more = ", ..." if len(missing) > 3 else ""
         raise DataFolderError(
             f"{len(missing)} of {len(wanted)} pictures are missing from {where}: {names}{more}; "

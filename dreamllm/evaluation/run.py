@@ -35,9 +35,9 @@ from dreamllm.evaluation.drawing import Networks, draw_shard, load_networks, pic
 from dreamllm.evaluation.files import DataFolderError, check_pictures
 from dreamllm.evaluation.page import Example, Page, write_page
 from dreamllm.evaluation.progress import progress_bar
-from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, merged, write_records, write_text
+from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, merged, write_records
 from dreamllm.inference import load
-from dreamllm.training import claim_folder, make_folder
+from dreamllm.training import claim_folder, make_folder, write_text
 
 RUN_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "results.json", "report.html"
 FINGERPRINT_BYTES = 1 << 20
@@ -199,8 +199,10 @@ def _finish_answers(
         Example(sample.picture, sample.question, str(record["prediction"]), sample.references, record["score"])
         for sample, record in zip(samples, records, strict=True)
     ]
-    prompting = asdict(replace(benchmark.prompting[options.protocol], template=None))
-    return report(benchmark, options, figures, examples, {"prompting": prompting, "tokenizer": "own"})
+    prompting = benchmark.prompting[options.protocol]
+    template = "the model's own" if prompting.template is None else prompting.template.name
+    how = {"prompting": asdict(prompting) | {"template": template}, "tokenizer": "own"}
+    return report(benchmark, options, figures, examples, how)
 
 
 def _finish_pictures(

@@ -184,7 +184,11 @@ def test_mmbench_appends_the_options_when_the_answer_cannot_be_known(run):
 def test_submissions_are_as_the_servers_take_them(run):
     _, out = run("vqav2", lambda number, text: f"Dog {number}.")
     submitted = json.loads((out / "vqav2_submission.json").read_text())
-    assert submitted[:2] == [{"question_id": 1000, "answer": "dog 0"}, {"question_id": 1001, "answer": "dog 1"}]
+    assert submitted[:2] == [
+        {"question_id": 262148000, "answer": "dog 0"},
+        {"question_id": 262149000, "answer": "dog 1"},
+    ]
+    assert len(submitted) == COUNT
     _, out = run("vizwiz", lambda number, text: "yes", out="vizwiz")
     assert json.loads((out / "vizwiz_submission.json").read_text())[0] == {
         "image": "VizWiz_test_00000000.jpg",
@@ -192,11 +196,22 @@ def test_submissions_are_as_the_servers_take_them(run):
     }
     _, out = run("mm-vet", lambda number, text: f"Dog\n{number}", out="mm-vet")
     assert json.loads((out / "mm-vet_submission.json").read_text())["v1_2"] == "Dog\n2"
-    _, out = run("mmbench", lambda number, text: "a\tb\nc", out="mmbench")
+    _, out = run("docvqa", lambda number, text: f"Dog {number}.", out="docvqa")
+    assert json.loads((out / "docvqa_submission.json").read_text())[1] == {"questionId": 49154, "answer": "Dog 1."}
+    _, out = run("infographicvqa", lambda number, text: "é", out="infographicvqa")
+    assert json.loads((out / "infographicvqa_submission.json").read_text())[0] == {"questionId": 98313, "answer": "é"}
+
+
+def test_mmbench_submissions_have_the_columns_that_the_server_asks_for(run):
+    """A .tsv with index, question, A to D and prediction; the kind of data is told by l2-category."""
+    _, out = run("mmbench", lambda number, text: "a\tb\nc")
     with open(out / "mmbench_submission.tsv", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert [row["index"] for row in rows] == ["1", "1000001", "2", "3"]
-    assert (rows[0]["prediction"], rows[0]["A"], rows[2]["C"], rows[0]["hint"]) == ("a b c", "cat", "", "Look closely")
+    first = {"A": "cat", "B": "dog", "C": "bird", "D": "", "answer": "B", "category": "nature"}
+    first |= {"index": "1", "question": "Which?", "hint": "Look closely", "l2-category": "a group", "split": "dev"}
+    assert rows[0] == first | {"prediction": "a b c"}
+    assert (rows[2]["C"], rows[3]["question"]) == ("", 'Says "hi", or not?')
 
 
 def test_a_judge_belongs_to_mm_vet(run, tmp_path, monkeypatch):
@@ -212,10 +227,10 @@ def test_a_judge_belongs_to_mm_vet(run, tmp_path, monkeypatch):
 def test_a_corrupt_picture_is_named_and_what_was_answered_stays(run, tmp_path):
     (tmp_path / "data-textvqa").mkdir()
     WRITERS["textvqa"](tmp_path / "data-textvqa")
-    broken = tmp_path / "data-textvqa" / "train_images" / "3a.jpg"
+    broken = tmp_path / "data-textvqa" / "train_images" / "303f89b4f05e5ab1.jpg"
     good = broken.read_bytes()
     broken.write_bytes(b"nothing")
-    with pytest.raises(PictureError, match="of sample 10 "):
+    with pytest.raises(PictureError, match="of sample 34605 "):
         run("textvqa")
     assert len((tmp_path / "out" / "answers-00000-of-00001.jsonl").read_text().splitlines()) == 2
     broken.write_bytes(good)

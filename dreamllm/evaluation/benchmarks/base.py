@@ -40,13 +40,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written: `beams` > 1 is beam search without sampling, a `temperature` above 0 samples."""
+    """How an answer is written: `beams` > 1 is beam search without sampling, by transformers' rules; a `temperature`
+    above 0 samples. `length_penalty` decides among beams."""
 
     beams: int = 1
     max_new_tokens: int = 1024
     temperature: float = 0.0
     length_penalty: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
 
 
 BEAMS = Decoding(beams=5)
@@ -58,7 +60,8 @@ class Probe:
     """A question asked first: whether the answer can be known.
 
     `says_no`: the reply counts as no when it contains "no" anywhere, or when it begins with it. Then the answer is
-    `instead`, or, where that is None, the question is asked with its options appended.
+    `instead`, or, where that is None, the question is asked with its options appended. It is asked of the picture with
+    nothing else around it: no system text, no request, no beginning of the answer.
     """
 
     says_no: Literal["contains", "begins"]
@@ -189,11 +192,16 @@ class DigitsBenchmark(Benchmark):
 
 @dataclass(frozen=True)
 class LanguageBenchmark(Benchmark):
-    """Text alone, by lm-eval: its `task`, the `key` of its score, and how many examples stand before a question."""
+    """Text alone, by lm-eval: its `task`, the `key` of its score, and how many examples stand before a question.
+
+    Plain protocol: as lm-eval does by itself, so that the figures compare with others'. Original: without a token at
+    the beginning, and with what `original` changes in lm-eval's definition of the task.
+    """
 
     task: str = field(kw_only=True)
     key: str = field(kw_only=True)
     shots: int = field(default=0, kw_only=True)
+    original: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,9 @@ class Drawing:
     guidance_scale: float | None = None
     scheduler: str | None = None
     candidates: int = 1
+    guidance_rescale: float | None = None
+    eta: float | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dreamllm.evaluation.benchmarks.base import AnswerBenchmark, Decoding, Figure, Prompting, Record, Sample, Scores
-from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_folder, read_json, value
+from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_folder, read_json, texts, value
 from dreamllm.evaluation.metrics import (
     CaptionScores,
     MetricUnavailableError,
@@ -22,6 +22,7 @@ from dreamllm.evaluation.metrics import (
 KARPATHY, LAVIS = "dataset_coco.json", "coco_karpathy_test.json"
 NOCAPS = "nocaps_val_4500_captions.json"
 PARAGRAPHS, TEST_IDS = "paragraphs_v1.json", "test_split.json"
+GENOME = ("VG_100K", "VG_100K_2")
 CaptionMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], CaptionScores]
 # The pair form, greedy: what the model was trained on, nothing added.
 _PLAIN = Prompting(decoding=Decoding(max_new_tokens=40), template=None, form="pair")
@@ -69,20 +70,21 @@ def load_coco(folder: Path) -> list[Sample]:
     path = find_file(folder, KARPATHY, LAVIS)
     if path.name == LAVIS:
         rows = entries(path, read_json(path))
+        names = [value(path, row, "image", i) for i, row in enumerate(rows)]
         return [
             Sample(
-                re.sub(r"\D", "", Path(value(path, row, "image", i)).stem.rpartition("_")[2]) or str(i),
-                folder / value(path, row, "image", i),
-                references=tuple(value(path, row, "caption", i)),
+                re.sub(r"\D", "", Path(name).stem.rpartition("_")[2]) or str(i),
+                folder / name,
+                references=texts(path, row, "caption", i),
             )
-            for i, row in enumerate(rows)
+            for i, (name, row) in enumerate(zip(names, rows, strict=True))
         ]
     samples = []
     for i, row in enumerate(entries(path, read_json(path), "images")):
         if value(path, row, "split", i) == "test":
-            picture = folder / row.get("filepath", "val2014") / value(path, row, "filename", i)
-            captions = tuple(sentence["raw"] for sentence in value(path, row, "sentences", i))
-            samples.append(Sample(str(row.get("cocoid", i)), picture, references=captions))
+            picture = folder / value(path, row, "filepath", i) / value(path, row, "filename", i)
+            captions = texts(path, row, "sentences", i, "raw")
+            samples.append(Sample(str(value(path, row, "cocoid", i, "id")), picture, references=captions))
     return samples
 
 
@@ -92,29 +94,43 @@ def load_nocaps(folder: Path) -> list[Sample]:
     values = read_json(path)
     captions: dict[int, list[str]] = {}
     for i, row in enumerate(entries(path, values, "annotations")):
-        captions.setdefault(value(path, row, "image_id", i), []).append(value(path, row, "caption", i))
+        captions.setdefault(value(path, row, "image_id", i, "id"), []).append(value(path, row, "caption", i))
     samples = []
     for i, row in enumerate(entries(path, values, "images")):
-        number = value(path, row, "id", i)
+        number = value(path, row, "id", i, "id")
         if number not in captions:
             raise DataFolderError(f"{path}: picture {number} has no caption among the annotations")
         picture = pictures / value(path, row, "file_name", i)
-        details = {"domain": row.get("domain", "")}
+        details = {"domain": value(path, row, "domain", i)}
         samples.append(Sample(str(number), picture, references=tuple(captions[number]), details=details))
     return samples
 
 
 def load_paragraphs(folder: Path) -> list[Sample]:
+    """Visual Genome's pictures lie in one folder `images`, or in the two it is published in, told by their addresses.
+
+    Some pictures have two paragraphs: two references of one sample.
+    """
     path, ids = find_file(folder, PARAGRAPHS), find_file(folder, TEST_IDS)
-    pictures = find_folder(folder, "images", "VG_100K")
-    wanted = set(read_json(ids))
-    samples = []
+    pictures = find_folder(folder, "images", *GENOME)
+    wanted = read_json(ids)
+    if not isinstance(wanted, list) or not all(isinstance(number, int) for number in wanted):
+        raise DataFolderError(f"{ids} must be a list of the numbers of pictures")
+    places: dict[int, Path] = {}
+    paragraphs: dict[int, list[str]] = {number: [] for number in wanted}
     for i, row in enumerate(entries(path, read_json(path))):
-        number = value(path, row, "image_id", i)
-        if number in wanted:
-            paragraph = " ".join(value(path, row, "paragraph", i).split())
-            samples.append(Sample(str(number), pictures / f"{number}.jpg", references=(paragraph,)))
-    return samples
+        number = value(path, row, "image_id", i, "number")
+        if number in paragraphs:
+            part = pictures if pictures.name == "images" else folder / Path(value(path, row, "url", i)).parent.name
+            places[number] = part / f"{number}.jpg"
+            paragraphs[number].append(" ".join(value(path, row, "paragraph", i).split()))
+    missing = [number for number, found in paragraphs.items() if not found]
+    if missing:
+        raise DataFolderError(
+            f"{path} has no paragraph of {len(missing)} of the {len(paragraphs)} pictures in {ids.name}, "
+            f"the first: {missing[0]}"
+        )
+    return [Sample(str(number), places[number], references=tuple(found)) for number, found in paragraphs.items()]
 
 
 BENCHMARKS = (
@@ -157,7 +173,7 @@ BENCHMARKS = (
         "Image2Paragraph",
         "CIDEr",
         "test",
-        (PARAGRAPHS, TEST_IDS, "images/ or VG_100K/"),
+        (PARAGRAPHS, TEST_IDS, "images/, or VG_100K/ and VG_100K_2/"),
         "17.4",
         load=load_paragraphs,
         score=score_captions,

@@ -16,13 +16,17 @@ from dreamllm.evaluation.files import (
     find_folder,
     read_json,
     read_json_lines,
+    texts,
     value,
 )
 
 INCEPTION = ("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")
 CLIP = ("clip-vit-large-patch14", "clip")
-COCO_CAPTIONS, COCO_STATISTICS = "captions_val2014.json", "fid_stats_mscoco256_val.npz"
-LN_CAPTIONS, LN_STATISTICS = "lncoco_captions_val2017.jsonl", "fid_stats_lncoco256_val5k.npz"
+COCO_CAPTIONS = ("captions_val2014.json", "annotations/captions_val2014.json")
+COCO_STATISTICS = "fid_stats_mscoco256_val.npz"
+LN_CAPTIONS = ("lncoco_captions_val2017.jsonl", "coco_val_localized_narratives.jsonl")
+"""The original's file, and that of the Localized Narratives (Pont-Tuset et al. 2020)."""
+LN_STATISTICS = "fid_stats_lncoco256_val5k.npz"
 DOCUMENTS = "documents.jsonl"
 COCO_SAMPLES = 30_000
 LIST_SEED = 42
@@ -36,10 +40,11 @@ _INCEPTION_FILE = " or ".join(INCEPTION)
 
 def load_coco(folder: Path) -> list[PictureSample]:
     """One random caption of each of 30,000 random pictures; all captions of a picture are for the choice by CLIP."""
-    path = find_file(folder, COCO_CAPTIONS)
+    path = find_file(folder, *COCO_CAPTIONS)
     captions: dict[int, list[str]] = {}
     for i, row in enumerate(entries(path, read_json(path), "annotations")):
-        captions.setdefault(value(path, row, "image_id", i), []).append(value(path, row, "caption", i).strip())
+        number = value(path, row, "image_id", i, "number")
+        captions.setdefault(number, []).append(value(path, row, "caption", i).strip())
     rng = np.random.default_rng(LIST_SEED)
     numbers = sorted(captions)
     chosen = rng.permutation(len(numbers))[:COCO_SAMPLES]
@@ -51,11 +56,11 @@ def load_coco(folder: Path) -> list[PictureSample]:
 
 
 def load_ln_coco(folder: Path) -> list[PictureSample]:
-    path = find_file(folder, LN_CAPTIONS)
+    path = find_file(folder, *LN_CAPTIONS)
     samples = []
     for i, row in enumerate(entries(path, read_json_lines(path))):
         caption = value(path, row, "caption", i).strip()
-        samples.append(_sample(f"{row.get('image_id', '')}-{i}", caption, (caption,)))
+        samples.append(_sample(f"{value(path, row, 'image_id', i, 'id')}-{i}", caption, (caption,)))
     return samples
 
 
@@ -73,10 +78,11 @@ def _illustrated(folder: Path) -> list[tuple[PictureSample, PictureSource]]:
     path, images = find_file(folder, DOCUMENTS), find_folder(folder, "images")
     found: list[tuple[PictureSample, PictureSource]] = []
     for i, row in enumerate(entries(path, read_json_lines(path))):
-        texts = value(path, row, "text_list", i)
-        placed = [(value(path, info, "matched_text_index", i), info) for info in value(path, row, "image_info", i)]
+        before = texts(path, row, "text_list", i)
+        shown = entries(path, row, "image_info")
+        placed = [(value(path, info, "matched_text_index", i, "number"), info) for info in shown]
         for index, info in sorted(placed, key=lambda pair: pair[0]):
-            words = " ".join(texts[: index + 1]).split()
+            words = " ".join(before[: index + 1]).split()
             if words:
                 text = " ".join(words[-MOST_WORDS:])
                 picture = images / value(path, info, "image_name", i)
@@ -92,8 +98,10 @@ def _sample(name: str, text: str, captions: tuple[str, ...]) -> PictureSample:
 
 
 def _drawing(candidates: int) -> Mapping[Protocol, Drawing]:
-    """Original: 150 DDPM steps and guidance 2.0. Plain: one picture as the model's configuration recommends."""
-    return {"original": Drawing(150, 2.0, "ddpm", candidates), "plain": Drawing()}
+    """Original: 150 DDPM steps and guidance 2.0, nothing else, whatever the model's configuration recommends. Plain:
+    one picture as it recommends."""
+    original = Drawing(150, 2.0, "ddpm", candidates, guidance_rescale=0.0, eta=0.0, negative_prompt="")
+    return {"original": original, "plain": Drawing()}
 
 
 BENCHMARKS = (
@@ -102,7 +110,7 @@ BENCHMARKS = (
         "MS-COCO creation",
         "FID",
         "30,000 captions of val2014, the best of 8 by CLIP",
-        (COCO_CAPTIONS, COCO_STATISTICS, _INCEPTION_FILE, " or ".join(f"{name}/" for name in CLIP)),
+        (" or ".join(COCO_CAPTIONS), COCO_STATISTICS, _INCEPTION_FILE, " or ".join(f"{name}/" for name in CLIP)),
         "8.46",
         load=load_coco,
         drawing=_drawing(8),
@@ -113,7 +121,7 @@ BENCHMARKS = (
         "LN-COCO creation",
         "FID",
         "narratives of val2017, one picture each",
-        (LN_CAPTIONS, LN_STATISTICS, _INCEPTION_FILE),
+        (" or ".join(LN_CAPTIONS), LN_STATISTICS, _INCEPTION_FILE),
         "20.53",
         load=load_ln_coco,
         drawing=_drawing(1),

@@ -22,11 +22,14 @@ from dreamllm.evaluation.benchmarks.base import (
 from dreamllm.evaluation.files import DataFolderError, find_file
 from dreamllm.evaluation.metrics import grouped_accuracy, match_numbered
 from dreamllm.evaluation.metrics.choices import LETTERS, mmbench_question
-from dreamllm.evaluation.records import write_text
+from dreamllm.training import write_text
 
 FILE = "mmbench_dev_20230712.tsv"
 LONGEST_REFERENCE = 64
 """A picture field of at most this many characters is the index of the row whose picture is meant."""
+
+GROUPS = ("category", "l2-category", "split")
+"""Columns that the server groups its figures by."""
 
 _ABSENT = {"", "nan"}
 
@@ -58,32 +61,45 @@ def _chosen(record: Record) -> str | None:
 
 
 def write_submission(path: Path, records: Sequence[Record]) -> None:
-    """A table as the server takes it: the file's columns without pictures, and `prediction`."""
+    """A table as the server takes it (.tsv, .csv or .xlsx): the file's columns without pictures, and `prediction`."""
     out = io.StringIO()
-    columns = ["index", "question", "hint", *LETTERS[:4], "category", "prediction"]
-    writer = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n", extrasaction="ignore")
+    columns = ["index", "question", "hint", *LETTERS[:4], "answer", *GROUPS, "prediction"]
+    writer = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n", extrasaction="ignore", restval="")
     writer.writeheader()
     for record in records:
         details = record["details"]
         options = {letter: details["options"].get(letter, "") for letter in LETTERS[:4]}
-        row = {"index": record["id"], "prediction": record["prediction"], **details, **options}
+        row = {"index": record["id"], "answer": "".join(record["references"]), "prediction": record["prediction"]}
+        row |= {**details, **options}
         writer.writerow({key: " ".join(str(text).split()) for key, text in row.items()})
     write_text(path, out.getvalue())
 
 
 def load(folder: Path) -> list[Sample]:
     path = find_file(folder, FILE)
+    try:
+        rows = _rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataFolderError(f"{path} is not a table of texts in UTF-8 between tabs: {error}") from error
+    pictures = {row["index"]: row["image"] for row in rows}
+    return [_sample(path, row, pictures) for row in rows]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(2**31 - 1)  # pictures stand in the fields
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
-        missing = {"index", "question", "image", "A", "B"} - set(reader.fieldnames or ())
+        there = list(reader.fieldnames or ())
+        missing = {"index", "question", "image", "A", "B"} - set(there)
         if missing:
             raise DataFolderError(
-                f"{path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ())}"
+                f"{path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(there)[:200] or 'none'}"
             )
         rows = list(reader)
-    pictures = {row["index"]: row["image"] for row in rows}
-    return [_sample(path, row, pictures) for row in rows]
+    for i, row in enumerate(rows):
+        if None in row or None in row.values() or not row["index"].isdecimal():
+            raise DataFolderError(f"{path}: row {i} is not one field for each of the columns, with a number as index")
+    return rows
 
 
 def _sample(path: Path, row: dict[str, str], pictures: dict[str, str]) -> Sample:
@@ -103,7 +119,8 @@ def _sample(path: Path, row: dict[str, str], pictures: dict[str, str]) -> Sample
     hint = "" if hint.strip().lower() in _ABSENT else hint
     question = f"Hint:{hint}Question:{row['question']}" if hint else f"Question:{row['question']}"
     answer = (row.get("answer") or "").strip()
-    details = {"options": options, "hint": hint, "category": row.get("category") or "", "question": row["question"]}
+    details = {"options": options, "hint": hint, "question": row["question"]}
+    details |= {name: row.get(name) or "" for name in GROUPS}
     return Sample(row["index"], picture, question, (answer,) if answer.lower() not in _ABSENT else (), details)
 
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from dreamllm.evaluation.benchmarks.base import AnswerBenchmark, Decoding, Figure, Prompting, Record, Sample, Scores
-from dreamllm.evaluation.files import DataFolderError, find_file, find_folder, read_json, value
-from dreamllm.evaluation.records import write_text
+from dreamllm.evaluation.files import DataFolderError, find_file, find_folder, read_json, texts, value
+from dreamllm.training import write_text
 
 FILE = "mm-vet.json"
 Judge = Callable[[str, Sequence[str], str], float]
@@ -57,13 +57,13 @@ def load(folder: Path) -> list[Sample]:
     path = find_file(folder, FILE)
     images = find_folder(folder, "images")
     values = read_json(path)
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(row, dict) for row in values.values()):
         raise DataFolderError(f"{path} must be an object from question id to question")
     samples = []
     for i, (name, row) in enumerate(values.items()):
         picture = images / value(path, row, "imagename", i)
         answers = tuple(value(path, row, "answer", i).split("<AND>"))
-        details = {"capability": list(row.get("capability", ()))}
+        details = {"capability": list(texts(path, row, "capability", i))}
         samples.append(Sample(name, picture, value(path, row, "question", i), answers, details))
     return samples
 

@@ -12,6 +12,8 @@ from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_
 from dreamllm.evaluation.metrics import read_yes_no, yes_no_scores
 
 NAMES = {"accuracy": "accuracy", "f1": "F1", "precision": "precision", "recall": "recall", "yes_ratio": "share of yes"}
+TOP_K = 50
+"""The original names a temperature only; this is what `generate()` adds where nothing is said."""
 PAPER = {"random": "86.36 (F1 86.91)", "popular": "", "adversarial": "72.63 (F1 76.47)"}
 
 
@@ -32,7 +34,7 @@ def load(folder: Path, kind: str) -> list[Sample]:
         if label not in ("yes", "no"):
             raise DataFolderError(f"{path}: entry {i} has the label {label!r}; it must be 'yes' or 'no'")
         picture = images / value(path, row, "image", i)
-        number = str(value(path, row, "question_id", i))
+        number = str(value(path, row, "question_id", i, "id"))
         samples.append(Sample(number, picture, value(path, row, "text", i), (label,)))
     return samples
 
@@ -51,7 +53,7 @@ BENCHMARKS = tuple(
             "original": Prompting(
                 system="Based on the image, please objectively and accurately indicate whether the object exists.",
                 start="The answer is:",
-                decoding=Decoding(temperature=0.2),
+                decoding=Decoding(temperature=0.2, top_k=TOP_K),
             ),
             "plain": Prompting(
                 request="\nAnswer the question using a single word or phrase.",

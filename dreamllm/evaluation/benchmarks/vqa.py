@@ -19,9 +19,9 @@ from dreamllm.evaluation.benchmarks.base import (
     Sample,
     Scores,
 )
-from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_folder, read_json, value
+from dreamllm.evaluation.files import DataFolderError, entries, find_file, find_folder, read_json, texts, value
 from dreamllm.evaluation.metrics import anls, vqa_accuracy
-from dreamllm.evaluation.records import write_text
+from dreamllm.training import write_text
 
 LOOK = "Based on the image, please answer the question."
 ACCURATE = "Please provide an accurate answer within one word."
@@ -80,14 +80,13 @@ def load_coco_questions(folder: Path, questions: str, pictures: str, pattern: st
     if answers:
         source = find_file(folder, answers)
         for i, row in enumerate(entries(source, read_json(source), "annotations")):
-            given = tuple(answer["answer"] for answer in value(source, row, "answers", i))
-            known[value(source, row, "question_id", i)] = given
+            known[value(source, row, "question_id", i, "id")] = texts(source, row, "answers", i, "answer")
     samples = []
     for i, row in enumerate(entries(path, read_json(path), "questions")):
-        number = value(path, row, "question_id", i)
+        number = value(path, row, "question_id", i, "id")
         if answers and number not in known:
             raise DataFolderError(f"{folder / answers} has no answers to question {number} of {path}")
-        picture = images / pattern.format(value(path, row, "image_id", i))
+        picture = images / pattern.format(value(path, row, "image_id", i, "number"))
         samples.append(Sample(str(number), picture, value(path, row, "question", i), known.get(number, ())))
     return samples
 
@@ -98,7 +97,7 @@ def load_vizwiz(folder: Path, split: str) -> list[Sample]:
     samples = []
     for i, row in enumerate(entries(path, read_json(path))):
         name = value(path, row, "image", i)
-        answers = tuple(answer["answer"] for answer in row.get("answers", ()))
+        answers = texts(path, row, "answers", i, "answer") if split != "test" else ()
         samples.append(Sample(name, images / name, value(path, row, "question", i), answers))
     return samples
 
@@ -108,10 +107,10 @@ def load_textvqa(folder: Path) -> list[Sample]:
     images = find_folder(folder, "train_images")
     return [
         Sample(
-            str(value(path, row, "question_id", i)),
+            str(value(path, row, "question_id", i, "id")),
             images / f"{value(path, row, 'image_id', i)}.jpg",
             value(path, row, "question", i),
-            tuple(value(path, row, "answers", i)),
+            texts(path, row, "answers", i),
         )
         for i, row in enumerate(entries(path, read_json(path), "data"))
     ]
@@ -124,8 +123,8 @@ def load_documents(folder: Path, files: Sequence[str], picture_key: str, picture
     samples = []
     for i, row in enumerate(entries(path, read_json(path), "data")):
         name = Path(value(path, row, picture_key, i)).name
-        answers = tuple(row.get("answers", ()))
-        number = str(value(path, row, "questionId", i))
+        answers = texts(path, row, "answers", i)
+        number = str(value(path, row, "questionId", i, "id"))
         samples.append(Sample(number, images / name, value(path, row, "question", i), answers))
     return samples
 
@@ -147,6 +146,7 @@ _VIZWIZ: dict[Protocol, Prompting] = {
 }
 _DOCUMENTS: dict[Protocol, Prompting] = {"original": Prompting(square=True), "plain": SHORT_PLAIN}
 _DOCVQA_FILES = ("val_v1.0.json", "val_v1.0_withQT.json")
+_DOCVQA_PICTURES = ("documents", "spdocvqa_images")
 _INFOGRAPHIC_FILES = ("infographicsVQA_val_v1.0.json", "infographicsVQA_val_v1.0_withQT.json")
 _VQAV2: dict[Protocol, Prompting] = {"original": _ONE_WORD, "plain": SHORT_PLAIN}
 
@@ -246,8 +246,8 @@ BENCHMARKS = (
         "DocVQA",
         "ANLS",
         "validation",
-        (" or ".join(_DOCVQA_FILES), "documents/"),
-        load=partial(load_documents, files=_DOCVQA_FILES, picture_key="image", pictures=("documents",)),
+        (" or ".join(_DOCVQA_FILES), " or ".join(f"{name}/" for name in _DOCVQA_PICTURES)),
+        load=partial(load_documents, files=_DOCVQA_FILES, picture_key="image", pictures=_DOCVQA_PICTURES),
         score=score_anls,
         prompting=_DOCUMENTS,
         submission=("docvqa_submission.json", write_document_answers),

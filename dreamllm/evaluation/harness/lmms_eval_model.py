@@ -21,7 +21,7 @@ from dreamllm.evaluation.benchmarks.base import Decoding
 from dreamllm.evaluation.progress import progress_bar
 from dreamllm.inference import load
 
-_USED = {"max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "length_penalty", "until"}
+_USED = {"max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "length_penalty", "until"}
 
 
 class DreamLLMForLmmsEval(lmms):
@@ -110,8 +110,9 @@ def decoding_of(settings: Mapping[str, Any]) -> Decoding:
         beams=beams,
         max_new_tokens=int(settings.get("max_new_tokens") or 1024),
         temperature=temperature,
-        length_penalty=float(settings.get("length_penalty") or 1.0),
+        length_penalty=float(settings.get("length_penalty") or 1.0) if beams > 1 else 1.0,
         top_p=float(settings.get("top_p") or 1.0) if temperature else 1.0,
+        top_k=int(settings.get("top_k") or 0) if temperature else 0,
     )
 
 
