@@ -21,10 +21,16 @@ from dreamllm.evaluation.benchmarks import (
 from dreamllm.evaluation.digits_run import run_digits
 from dreamllm.evaluation.records import Shard
 from dreamllm.evaluation.run import REPORT_FILE, Results, RunOptions, run_benchmark
-from dreamllm.training.progress import quiet_transformers
+from dreamllm.training.progress import plain_table, quiet_transformers
 
 LIST_WIDTH = 160
 """Of the table where no terminal tells its own width."""
+
+WIDE, LONG = 130, 48
+"""From `WIDE` on every part of the table has a column of its own; elsewhere alternatives longer than `LONG` stand below
+each other."""
+
+NO_FILES = "none: they come with scikit-learn"
 
 
 def evaluate(
@@ -112,24 +118,39 @@ def show_results(results: Results | None, options: RunOptions, console: Console)
     if results is None:
         console.print(f"shard {options.shard.index} is complete; the results follow when all {options.shard.count} are")
         return
+    width = max(len(figure["name"]) for figure in results["figures"])
     for figure in results["figures"]:
         shown = f"not run: {figure['reason']}" if figure["value"] is None else f"{figure['value']:.2f}"
-        console.print(f"{figure['name']:32} {shown}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{figure['name']:{width}}  {shown}", markup=False, highlight=False, soft_wrap=True)
     paper = f"; the paper reports {results['paper']}" if results["paper"] else ""
     console.print(f"{results['samples']} samples of {results['title']}, {results['split']}{paper}", markup=False)
     console.print(f"report: {options.out / REPORT_FILE}", markup=False, soft_wrap=True)
 
 
 def show_list(console: Console) -> None:
-    """The benchmarks as a table."""
+    """The benchmarks as a table; on a narrow terminal the files stand below metric and split."""
     if not console.is_terminal:
         console = Console(width=LIST_WIDTH, file=console.file)
+    console.print(_wide_list() if console.width >= WIDE else _narrow_list(), markup=False)
+
+
+def _wide_list() -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("benchmark", "metric", "split", "files in the data folder", "paper"):
         table.add_column(
             name, justify="right" if name == "paper" else "left", no_wrap=name == "benchmark", overflow="fold"
         )
     for benchmark in BENCHMARKS.values():
-        files = "\n".join(benchmark.files) or "none: they come with scikit-learn"
+        files = "\n".join(benchmark.files) or NO_FILES
         table.add_row(benchmark.name, benchmark.metric, benchmark.split, files, benchmark.paper or "-")
-    console.print(table, markup=False)
+    return table
+
+
+def _narrow_list() -> Table:
+    table = plain_table(("benchmark", "left"), ("metric, split, files in the data folder", "fold"), ("paper", "right"))
+    for benchmark in BENCHMARKS.values():
+        names = benchmark.files or (NO_FILES,)
+        files = (name if len(name) < LONG else name.replace(" or ", " or\n    ") for name in names)
+        about = [f"{benchmark.metric}, {benchmark.split}", *(f"  {file}" for file in files)]
+        table.add_row(benchmark.name, "\n".join(about), (benchmark.paper or "-").replace(" (", "\n("))
+    return table

@@ -50,9 +50,9 @@ NAMES = {
     "captions": "unseen scans named rightly",
     "creation": "drawn digits read as what was asked",
     "counting": "documents continued rightly",
-    "counting_word": "... the right word",
-    "counting_dreamed": "... a picture by its own decision",
-    "counting_drawn": "... the right digit in it",
+    "counting_word": "documents: the right word",
+    "counting_dreamed": "documents: a picture by its own decision",
+    "counting_drawn": "documents: the right digit in it",
     "judge": "the judge on unseen scans",
 }
 

@@ -36,6 +36,9 @@ td.none { color: var(--muted); font-weight: 400 !important; }
 .example { margin: 0; border-top: 3px solid var(--line); padding-top: 0.7rem; }
 .example.bad { border-color: var(--bad); } .example.good { border-color: var(--good); }
 .example img { display: block; height: 12rem; width: auto; max-width: 100%; object-fit: contain; }
+.example img.px { height: 8rem; }
+details { margin: 1.8rem 0 0; } summary { cursor: pointer; font: 0.9rem/1.5 var(--label); color: var(--muted); }
+details table { margin: 0.6rem 0 0; width: auto; } details td { text-align: left; white-space: pre-line; }
 .example p { font: 0.92rem/1.45 var(--label); margin: 0.55rem 0 0; }
 .example .question { color: var(--muted); white-space: pre-line; }
 .example .said { font-weight: 600; }
@@ -68,11 +71,15 @@ class Page:
 def write_page(page: Page) -> str:
     """HTML that needs nothing else. Raises `PictureError` for a picture of an example that cannot be read."""
     results = page.results
-    title = escape(f"{results['title']}: {results['model'].split()[0]}")
-    sections = [_introduction(page), _figures(page.figures)]
+    sections = [_introduction(page), _figures(page.figures), _asked(results)]
     sections += [_table(table, page) for table in TABLES if results["benchmark"] in dict(table.columns)]
     sections.append(_examples(page.examples))
-    return report_page(title, "".join(sections), STYLE)
+    return report_page(f"{results['title']}: {_model(results)}", "".join(sections), STYLE)
+
+
+def _model(results: Mapping[str, Any]) -> str:
+    """The model's name, without its digest."""
+    return str(results["model"]).rpartition(" ")[0]
 
 
 def _introduction(page: Page) -> str:
@@ -80,9 +87,24 @@ def _introduction(page: Page) -> str:
     paper = f" The paper reports {escape(results['paper'])}." if results["paper"] else ""
     return (
         f"<h1>{escape(results['title'])}</h1>"
-        f'<p class="lead">{results["samples"]:,} samples of {escape(results["split"])}, asked by the '
-        f"{escape(results['protocol'])} protocol.{paper}</p>"
+        f'<p class="lead">{escape(_model(results))}, {results["samples"]:,} samples of {escape(results["split"])}, '
+        f"by the {escape(results['protocol'])} protocol.{paper}</p>"
     )
+
+
+def _asked(results: Mapping[str, Any]) -> str:
+    """What the protocol says, as it is in the results, folded away."""
+    values: dict[str, Any] = {}
+    for name in ("prompting", "drawing", "changes"):
+        for key, value in results.get(name, {}).items():
+            values |= {f"{key}, {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    rows = "".join(
+        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in values.items()
+        if value not in ("", None, False)
+    )
+    table = f'<div class="scroll"><table>{rows}</table></div>'
+    return f"<details><summary>What the protocol says</summary>{table}</details>" if rows else ""
 
 
 def _figures(figures: Sequence[Figure]) -> str:
@@ -98,7 +120,7 @@ def _table(table: Table, page: Page) -> str:
     heads = "".join(f"<th>{escape(title)}</th>" for _, title in table.columns)
     rows = [(name, values, "") for name, values in table.rows]
     ours = tuple(page.ours.get(name, "") for name, _ in table.columns)
-    rows.append((page.results["model"].split()[0], ours, ' class="ours"'))
+    rows.append((_model(page.results), ours, ' class="ours"'))
     body = "".join(
         f"<tr{style}><th>{escape(name)}</th>{''.join(map(_cell, values))}</tr>" for name, values, style in rows
     )

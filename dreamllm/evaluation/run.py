@@ -144,15 +144,20 @@ def claim(
 
 
 def fingerprint(model: Path) -> str:
-    """Name, and a digest of the configuration and of size, beginning and end of each weight file."""
+    """Name, and a digest of the configuration and of size, beginning and end of each weight file.
+
+    A folder that is called just "model" is named with the folder it lies in.
+    """
     digest = hashlib.sha256()
+    place = model.resolve()
+    name = f"{place.parent.name}/{place.name}" if place.name == "model" else place.name
     for path in sorted([*model.glob("*.safetensors"), *model.glob("config.json")]):
         with open(path, "rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             digest.update(file.read(FINGERPRINT_BYTES))
             file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
             digest.update(file.read())
-    return f"{model.resolve().name} {digest.hexdigest()[:16]}"
+    return f"{name} {digest.hexdigest()[:16]}"
 
 
 def work(

@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import random
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -138,6 +142,37 @@ def test_processes_give_the_records_of_one(tiny, tmp_path):
     assert run_benchmark(find_benchmark("textvqa"), both, processes=2) == results
     assert (tmp_path / "two" / "records.jsonl").read_bytes() == (tmp_path / "one" / "records.jsonl").read_bytes()
     assert json.loads((tmp_path / "one" / "results.json").read_text()) == results
+
+
+def test_a_model_killed_at_any_moment_goes_on_to_the_same_bytes(tiny, tmp_path):
+    """Beams, so that the company in which an answer is computed could show."""
+    (tmp_path / "data").mkdir()
+    WRITERS["textvqa"](tmp_path / "data")
+    path = tmp_path / "data" / "TextVQA_0.5.1_val.json"
+    values = json.loads(path.read_text())
+    rows = [row | {"question_id": 100 * k + i} for k in range(6) for i, row in enumerate(values["data"])]
+    path.write_text(json.dumps(values | {"data": rows}))
+    model = answerer(tiny, 4)
+    options = RunOptions(tmp_path, tmp_path / "data", tmp_path / "whole", "original", batch_size=4)
+    benchmark = find_benchmark("textvqa")
+    decoding = replace(benchmark.prompting["original"], decoding=Decoding(3, 6), system="", request="")
+    benchmark = replace(benchmark, prompting={"original": decoding})
+    run_benchmark(benchmark, options, answerer=lambda _: model)
+    killed = replace(options, out=tmp_path / "killed")
+    rng = random.Random(0)
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                run_benchmark(benchmark, killed, answerer=lambda _: model)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.0, 0.25))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    run_benchmark(benchmark, killed, answerer=lambda _: model)
+    for name in ("answers-00000-of-00001.jsonl", "records.jsonl", "results.json"):
+        assert (killed.out / name).read_bytes() == (options.out / name).read_bytes()
 
 
 def fail(*_):

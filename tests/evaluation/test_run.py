@@ -1,6 +1,7 @@
 """Runs: the same bytes however they are sharded, batched, or killed; results, submissions and pages at their end."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from dreamllm.evaluation import drawing as drawing_module
 from dreamllm.evaluation import run as run_module
 from dreamllm.evaluation.answering import SEED
 from dreamllm.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from dreamllm.evaluation.command import show_list
 from dreamllm.evaluation.drawing import Networks, cropped_square
 from dreamllm.evaluation.metrics import FeatureStatistics, feature_statistics, frechet_distance, kernel_distance
 from dreamllm.evaluation.records import Shard
@@ -282,7 +284,9 @@ def test_the_page_shows_failures_first_and_the_papers_rows(run):
     text = " ".join(" ".join(seen.text).split())
     assert all(source.startswith("data:image/png;base64,") for source in seen.sources)
     assert len(seen.sources) == COUNT
-    assert "The paper reports 34.9." in text
+    assert "a-model, 5 samples of validation, by the original protocol. The paper reports 34.9." in text
+    assert "request Please provide an accurate answer within one word." in text
+    assert "decoding, beams 5" in text
     assert "DreamLLM-7B 115.4" in text
     assert text.index("What is 3?") < text.index("What is 0?")
     assert "cow &lt;3&gt;" in page
@@ -423,6 +427,17 @@ def test_the_list_names_every_benchmark_with_its_files(capsys):
         assert benchmark.name in shown
         assert benchmark.paper.split()[0] in shown if benchmark.paper else True
     assert "v2_OpenEnded_mscoco_test-dev2015_questions.json" in shown
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_no_name_of_a_file_is_broken_in_the_list(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    show_list(console)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    for benchmark in BENCHMARKS.values():
+        for name in " or ".join(benchmark.files).replace(", or ", " or ").replace(" and ", " or ").split(" or "):
+            assert any(name in line for line in lines), name
 
 
 def test_the_command_says_what_is_missing(capsys, tmp_path, model):

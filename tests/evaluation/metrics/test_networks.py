@@ -1,6 +1,5 @@
 """The Inception network of FID and the CLIP judge, by structure and on random weights."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,19 +8,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dreamllm.evaluation.metrics import (
     ClipJudge,
-    FidInception,
     best_candidate,
     clip_score,
     inception_pixels,
     load_inception,
 )
 from tests.evaluation.metrics.oracles import functions_of
-from tests.golden import reference
+from tests.evaluation.networks import random_inception, write_clip
 from tests.tiny import random_picture
 
 PUBLISHED = 27_161_264
@@ -31,12 +27,7 @@ AUXILIARY = 768 * 128 + 2 * 128 + 128 * 768 * 25 + 2 * 768 + 768 * 1000 + 1000
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    network = FidInception().eval()
-    for name, parameter in network.named_parameters():
-        if name.endswith("bn.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 2.0)
-    return network
+    return random_inception()
 
 
 def test_the_network_has_the_published_number_of_parameters(network):
@@ -123,22 +114,7 @@ def test_clean_is_that_of_clean_fid():
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "vocab_size": 800, "max_position_embeddings": 12,
-            "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 16, "patch_size": 8}  # fmt: skip
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    preprocessor = json.loads((reference.CLIP / "preprocessor_config.json").read_text())
-    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor | sizes))
-    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "dog", "cat", "on", "the", "beach"]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    write_clip(folder)
     return ClipJudge(folder)
 
 
