@@ -29,6 +29,9 @@ def test_files_are_found_by_split(tmp_path):
         subjects(tmp_path)
     with pytest.raises(DataFolderError, match="does not exist"):
         subjects(tmp_path / "none")
+    for name in ("anatomy", "virology", "all", "auxiliary_train", ".cache"):  # as MMLU is distributed
+        (tmp_path / name).mkdir()
+    assert subjects(tmp_path) == ["anatomy", "virology"]
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +79,110 @@ def test_winogrande_is_read_from_what_stands_before_the_same_end(model, offline,
     assert record["score"] == float(record["chosen"] == record["target"])
 
 
-def log_probability(engine, context, continuation):
+def log_probability(engine, context, continuation, bos=False):
     """As lm-eval splits it: tokens of both together, less those of the context."""
     tokenizer = engine.processor.tokenizer
-    before = tokenizer(context, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    begin = [engine.layout.bos] if bos else []
+    before = begin + tokenizer(context, add_special_tokens=False)["input_ids"]
+    ids = begin + tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = engine.model.language_model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(float(logits[i - 1, ids[i]]) for i in range(len(before), len(ids)))
+
+
+BOOLQ = {"passage": "The license is a copy.", "question": "is the license a copy", "idx": 0, "label": 1}
+SIQA = {
+    "context": "They copy the work.",
+    "question": "Why?",
+    "answerA": "a license",
+    "answerB": "a term",
+    "answerC": "no law",
+    "label": "3",
+}
+
+
+def language_run(benchmark, row, folder, model, *more):
+    (folder / "validation.jsonl").write_text(json.dumps(row))
+    command = ["evaluate", benchmark, "--model", str(model), "--data", str(folder), "--out", str(folder / "out")]
+    main([*command, *more])
+    results = json.loads((folder / "out" / "results.json").read_text())
+    return results, [json.loads(line) for line in (folder / "out" / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("protocol", ["original", "plain"])
+def test_the_protocol_decides_the_prompts_and_the_token_at_the_beginning(model, offline, tmp_path, protocol):
+    """Original: an instruction, the question capitalised, No and Yes, no `<s>`. Plain: lm-eval's own, after `<s>`."""
+    (tmp_path / "boolq").mkdir()
+    results, (record,) = language_run("boolq", BOOLQ, tmp_path / "boolq", model, "--protocol", protocol)
+    assert results["protocol"] == protocol
+    engine = load(model).engine
+    if protocol == "original":
+        context = (
+            "Choose the answer to the question from yes and no.\nThe license is a copy.\n"
+            "Question: Is the license a copy?\nAnswer:"
+        )
+        expected = [log_probability(engine, context, f" {answer}") for answer in ("No", "Yes")]
+        assert results["changes"]["doc_to_choice"] == ["No", "Yes"]
+    else:
+        context = "The license is a copy.\nQuestion: is the license a copy?\nAnswer:"
+        expected = [log_probability(engine, context, f" {answer}", bos=True) for answer in ("no", "yes")]
+        assert results["changes"] == {}
+    assert record["question"] == context
+    assert record["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+    (tmp_path / "siqa").mkdir()
+    _, (record,) = language_run("siqa", SIQA, tmp_path / "siqa", model, "--protocol", protocol)
+    assert record["question"].count("They copy the work.") == 1
+    assert ("Context: " in record["question"]) == (protocol == "original")
+    assert record["target"] == "no law"
+
+
+def test_a_run_that_was_ended_asks_the_rest_only(model, offline, tmp_path, monkeypatch):
+    from dreamllm.evaluation.harness.lm_eval_run import LanguageModel
+
+    calls = []
+    forward = LanguageModel._model_call
+
+    def counted(self, *args, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return forward(self, *args, **kwargs)
+
+    rows = [{"goal": f"{goal} {i}", "sol1": a, "sol2": b, "label": 0} for i in range(3) for goal, a, b in GOALS[:1]]
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["evaluate", "piqa", "--model", str(model), "--data", str(tmp_path), "--batch-size", "1"]
+    main([*command, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(LanguageModel, "_model_call", counted)
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path / "ended")])
+    calls[:] = [None] * 4
+    monkeypatch.setattr(LanguageModel, "_model_call", counted)
+    main([*command, "--out", str(tmp_path / "ended")])
+    assert len(calls) == 4 + 6 - 3
+    for name in ("records.jsonl", "results.json"):
+        assert (tmp_path / "ended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_examples_that_do_not_fit_are_left_out_whole(model):
+    from dreamllm.evaluation.harness.lm_eval_run import LanguageModel, without_first_example
+
+    head = "The following are multiple choice questions (with answers) about law.\n\n"
+    examples = [f"What is {i}?\n\nThink.\nA. a\nB. b\nC. c\nD. d\nAnswer: {'ABCD'[i]}\n\n" for i in range(4)]
+    question = "What is it?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    context = head + "".join(examples) + question
+    for kept in range(3, -1, -1):
+        context = without_first_example(context)
+        assert context == head + "".join(examples[4 - kept :]) + question
+    assert without_first_example(context) is None
+    engine = load(model).engine
+    harness = LanguageModel(
+        pretrained=engine.model.language_model, tokenizer=engine.processor.tokenizer, backend="causal",
+        max_length=200, add_bos_token=False,
+    )  # fmt: skip
+    before, _ = harness._encode_pair(head + "".join(examples) + question, " A")
+    fitting = [n for n in range(5) if len(harness.tok_encode(head + "".join(examples[4 - n :]) + question)) < 200]
+    assert 0 < max(fitting) < 4
+    assert before == harness.tok_encode(head + "".join(examples[4 - max(fitting) :]) + question)
 
 
 def test_mmlu_has_five_examples_and_a_figure_per_subject(model, offline, tmp_path):
@@ -107,4 +206,7 @@ def test_a_missing_harness_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("dreamllm.evaluation.command.find_spec", lambda _: None)
     with pytest.raises(SystemExit):
         main(["evaluate", "piqa", "--model", str(tmp_path), "--data", str(tmp_path)])
-    assert "PIQA is run by lm-eval; install it with: pip install lm-eval" in capsys.readouterr().err
+    assert (
+        "PIQA is run by lm-eval, part of the extra [eval]; install it with: pip install lm-eval"
+        in capsys.readouterr().err
+    )

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dreamllm.evaluation.benchmarks.base import LanguageBenchmark
 from dreamllm.evaluation.files import DataFolderError, listing
 
 SUFFIXES = (".parquet", ".jsonl")
+NO_SUBJECTS = ("all", "auxiliary_train")
+"""Folders that MMLU is distributed with beside those of its subjects."""
+
+# The specification says of what these two prompts of the original consist; the words of their instructions are ours.
+BOOLQ = {
+    "doc_to_text": "Choose the answer to the question from yes and no.\n"
+    "{{passage}}\nQuestion: {{question|capitalize}}?\nAnswer:",
+    "doc_to_choice": ["No", "Yes"],
+}
+SIQA = {
+    "doc_to_text": "Choose the answer to the question.\nContext: {{context}}\nQuestion: {{question}}\nAnswer:",
+}
 
 
 def data_files(folder: Path, splits: tuple[str, ...]) -> tuple[str, dict[str, list[str]]]:
@@ -29,15 +43,19 @@ def subjects(folder: Path) -> list[str]:
     """Names of the subjects of MMLU that `folder` has, one folder each. Raises `DataFolderError` for none."""
     if not folder.is_dir():
         raise DataFolderError(f"the data folder {folder} does not exist")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    found = sorted(name for name in folders if not name.startswith(".") and name not in NO_SUBJECTS)
     if not found:
         raise DataFolderError(f"{folder} has no folder of a subject; it holds {listing(folder)}")
     return found
 
 
-def _task(name: str, title: str, paper: str, task: str, key: str = "acc") -> LanguageBenchmark:
+def _task(
+    name: str, title: str, paper: str, task: str, key: str = "acc", original: Mapping[str, Any] | None = None
+) -> LanguageBenchmark:
+    files = ("validation*.parquet or .jsonl",)
     return LanguageBenchmark(
-        name, title, "accuracy", "validation", ("validation*.parquet or .jsonl",), paper, task=task, key=key
+        name, title, "accuracy", "validation", files, paper, task=task, key=key, original=original or {}
     )
 
 
@@ -45,8 +63,8 @@ BENCHMARKS = (
     _task("piqa", "PIQA", "78.6", "piqa"),
     _task("hellaswag", "HellaSwag", "77.4", "hellaswag", "acc_norm"),
     _task("winogrande", "WinoGrande", "68.5", "winogrande"),
-    _task("boolq", "BoolQ", "75.2", "boolq"),
-    _task("siqa", "SIQA", "", "social_iqa"),
+    _task("boolq", "BoolQ", "75.2", "boolq", original=BOOLQ),
+    _task("siqa", "SIQA", "", "social_iqa", original=SIQA),
     LanguageBenchmark(
         "mmlu",
         "MMLU, 5-shot",

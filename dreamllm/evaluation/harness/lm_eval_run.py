@@ -1,8 +1,9 @@
-"""Language tasks by lm-eval, with its prompts and scoring, from local files, on DreamLLM's language model."""
+"""Language tasks by lm-eval, from local files, on DreamLLM's language model."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,40 +16,67 @@ from rich.console import Console
 from dreamllm.evaluation.benchmarks.base import Figure, LanguageBenchmark
 from dreamllm.evaluation.benchmarks.language import data_files, subjects
 from dreamllm.evaluation.page import Example
-from dreamllm.evaluation.records import RECORDS_FILE, write_records, write_text
+from dreamllm.evaluation.records import RECORDS_FILE, write_records
 from dreamllm.evaluation.run import Results, RunOptions, claim, report
 from dreamllm.inference import load
+from dreamllm.training import write_text
 
-PROTOCOL = "lm-eval"
+RESPONSES = "responses"
+"""lm-eval's own store of the answers that the model has given, one row each, in the folder of the run."""
+
 MMLU = "mmlu"
 SHOWN_QUESTION = 300
+_FIRST_EXAMPLE = re.compile(r"(?<=\n\n).*?\nAnswer: [A-D]\n\n", re.DOTALL)
 LocalFiles = tuple[str, dict[str, list[str]]]
 
 
-def run_language(benchmark: LanguageBenchmark, options: RunOptions, console: Console | None = None) -> Results:
-    """Accuracy of `benchmark`, no beginning-of-sequence token, as in the original's protocol.
+class LanguageModel(HFLM):
+    """A prompt that is too long for the context loses its first examples, whole ones, as in the original."""
 
-    Raises `DataFolderError` before the model is loaded, and `ConfigurationChangedError` when the folder holds another
-    run.
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        shorter: str | None = context
+        while shorter is not None:
+            encoded = super()._encode_pair(shorter, continuation)
+            if sum(map(len, encoded)) <= self.max_length:
+                break
+            shorter = without_first_example(shorter)
+        return encoded
+
+
+def without_first_example(context: str) -> str | None:
+    """MMLU's description, examples and question, less the first example; None where there is none."""
+    shorter = _FIRST_EXAMPLE.sub("", context, count=1)
+    return shorter if shorter != context else None
+
+
+def run_language(benchmark: LanguageBenchmark, options: RunOptions, console: Console | None = None) -> Results:
+    """Accuracy of `benchmark`.
+
+    A run that was ended goes on with what lm-eval has stored of it: each answer that the model gave. They are then
+    computed in other company than without the interruption, so log-probabilities agree to rounding; with batches of
+    one to the bit. Raises `DataFolderError` before the model is loaded, and `ConfigurationChangedError` when the folder
+    holds another run.
     """
     files = local_files(benchmark, options.data)
-    claim(benchmark, options, options.limit or 0, 1, console or Console(stderr=True), PROTOCOL)
+    claim(benchmark, options, options.limit or 0, 1, console or Console(stderr=True))
+    changes = benchmark.original if options.protocol == "original" else {}
     engine = load(options.model, options.device, options.dtype).engine
-    model = HFLM(
+    model = LanguageModel(
         pretrained=engine.model.language_model,
         tokenizer=engine.processor.tokenizer,
         backend="causal",
         batch_size=options.batch_size,
         max_length=engine.layout.max_length,
-        add_bos_token=False,
+        add_bos_token=options.protocol == "plain",
     )
     found = simple_evaluate(
         model=model,
-        tasks=write_tasks(files, options.out / "tasks"),
+        tasks=write_tasks(files, options.out / "tasks", changes),
         num_fewshot=benchmark.shots,
         limit=options.limit,
         bootstrap_iters=0,
         log_samples=True,
+        use_cache=str(options.out / RESPONSES),
     )
     assert found is not None
     records = [
@@ -63,8 +91,8 @@ def run_language(benchmark: LanguageBenchmark, options: RunOptions, console: Con
         Example(None, record["question"][-SHOWN_QUESTION:], record["chosen"], (record["target"],), record["score"])
         for record in records
     ]
-    how = {"harness": "lm-eval", "metric": benchmark.key, "shots": benchmark.shots}
-    return report(benchmark, options, figures, examples, how, PROTOCOL)
+    how = {"harness": "lm-eval", "metric": benchmark.key, "shots": benchmark.shots, "changes": dict(changes)}
+    return report(benchmark, options, figures, examples, how)
 
 
 def local_files(benchmark: LanguageBenchmark, data: Path) -> dict[str, LocalFiles]:
@@ -74,8 +102,8 @@ def local_files(benchmark: LanguageBenchmark, data: Path) -> dict[str, LocalFile
     return {f"{MMLU}_{subject}": data_files(data / subject, ("test", "dev")) for subject in subjects(data)}
 
 
-def write_tasks(files: Mapping[str, LocalFiles], folder: Path) -> list[str]:
-    """lm-eval's own task definitions, but with local files instead of a hub's; returns their paths.
+def write_tasks(files: Mapping[str, LocalFiles], folder: Path, changes: Mapping[str, Any]) -> list[str]:
+    """lm-eval's own task definitions, but with local files instead of a hub's and with `changes`; returns their paths.
 
     Raises `ValueError` for a task that this lm-eval does not have.
     """
@@ -92,6 +120,7 @@ def write_tasks(files: Mapping[str, LocalFiles], folder: Path) -> list[str]:
             "dataset_name": None,
             "dataset_kwargs": {"data_files": splits},
             "training_split": None,
+            **changes,
         }
         path = folder / f"{task}.yaml"
         write_text(path, json.dumps(changed, indent=2))  # JSON is YAML
