@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def run_language(benchmark: LanguageBenchmark, options: RunOptions, console: Con
         bootstrap_iters=0,
         log_samples=True,
         use_cache=str(options.out / RESPONSES),
+        task_manager=TaskManager(include_defaults=False),  # all tasks are given as files
     )
     assert found is not None
     records = [
@@ -102,12 +104,18 @@ def local_files(benchmark: LanguageBenchmark, data: Path) -> dict[str, LocalFile
     return {f"{MMLU}_{subject}": data_files(data / subject, ("test", "dev")) for subject in subjects(data)}
 
 
+@cache
+def known_tasks() -> Mapping[str, Any]:
+    """lm-eval's definitions by name, which it reads from thousands of files."""
+    return TaskManager().task_index
+
+
 def write_tasks(files: Mapping[str, LocalFiles], folder: Path, changes: Mapping[str, Any]) -> list[str]:
     """lm-eval's own task definitions, but with local files instead of a hub's and with `changes`; returns their paths.
 
     Raises `ValueError` for a task that this lm-eval does not have.
     """
-    known = TaskManager().task_index
+    known = known_tasks()
     folder.mkdir(exist_ok=True)
     paths = []
     for task, (kind, splits) in files.items():
