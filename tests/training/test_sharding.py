@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -194,36 +192,6 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(root, alone, tmp_
     assert ended.returncode == 0, ended.stderr
     assert "resuming after step 2" in ended.stdout
     assert_same_curve(tmp_path / "out", alone)
-
-
-@pytest.mark.slow
-def test_a_run_whose_processes_are_killed_at_twenty_random_moments_ends_with_the_same_bits(root, tmp_path):
-    settings = {"sharding": "full", "checkpoint_every": 1}
-    before = time.monotonic()
-    run_in(2, shared_runs.train, root, tmp_path / "reference", settings, logs=tmp_path / "logs")
-    seconds = time.monotonic() - before
-    chance = random.Random(7)
-    killed = 0
-    while killed < 20:
-        out = tmp_path / f"out{killed}"
-        for attempt in range(50):
-            wait = start(2, shared_runs.train, root, out, settings, logs=tmp_path / f"logs{killed}-{attempt}")
-            victim = chance.choice(wait.processes)
-            victim.join(chance.uniform(0.2, 1.0) * seconds)
-            if victim.exitcode is None:
-                os.kill(victim.pid, signal.SIGKILL)
-                killed += 1
-                for other in wait.processes:  # one that waits for the victim to join, torchrun would end
-                    other.join(15)
-                    other.kill()
-            if all(end.code == 0 for end in wait()):
-                break
-        else:
-            raise AssertionError("the run did not end in 50 attempts")
-        assert metrics(out) == metrics(tmp_path / "reference")
-        for folder in ("one/model", "two/model", "model"):
-            ours, theirs = weights(out / folder), weights(tmp_path / "reference" / folder)
-            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_processes_that_cannot_share_the_lanes_are_refused(root, tmp_path):
