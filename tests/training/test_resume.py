@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dreamllm.training import ConfigurationChangedError, TrainingInterrupted
-from tests.training.runs import DOCUMENTS, STEPS, assert_same_result, config, metrics, quiet_run
+from tests.training.runs import DOCUMENTS, STEPS, assert_same_result, config, metrics, quiet_run, weights, write_start
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -141,3 +144,39 @@ def test_earlier_stage_models_can_be_left_out(root, reference, tmp_path):
     assert not (tmp_path / "one/model").exists()
     assert metrics(tmp_path) == metrics(reference)
     assert "two is complete" in quiet_run(config(root, tmp_path, keep_stage_models=False))
+
+
+ELSEWHERE = """
+import sys, time
+from pathlib import Path
+seconds = [2e9]
+def backwards():
+    seconds[0] -= 3600
+    return seconds[0]
+time.time = backwards
+from tests.training.test_resume import short_run
+short_run(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def short_run(root: Path, out: Path) -> None:
+    whole = config(root, out, log_every=1, checkpoint_every=2)
+    quiet_run(replace(whole, stages=(replace(whole.stages[1], steps=4),)))
+
+
+def test_clock_time_zone_and_locale_do_not_change_a_run(tmp_path):
+    """A clock that runs backwards, another zone, ASCII as the encoding of files, another hash seed."""
+    root = write_start(tmp_path / "start")
+    for number, caption in enumerate(("Straße", "狐と雪", "naïve café", "снег")):
+        (root / f"data/{number}.txt").write_text(caption, encoding="utf-8")
+        (root / f"data/{number + 4}.png").write_bytes(b"broken")  # so that messages hold names, too
+    ascii_files = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    elsewhere = {**ascii_files, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "2"}
+    command = [sys.executable, "-c", ELSEWHERE, str(root), str(tmp_path / "there")]
+    environment = {**os.environ, **elsewhere}
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    short_run(root, tmp_path / "here")
+    assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
+    ours, theirs = weights(tmp_path / "there/model"), weights(tmp_path / "here/model")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
