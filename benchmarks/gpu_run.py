@@ -1,11 +1,12 @@
 """Everything worth knowing from a GPU, in one call: `python benchmarks/gpu_run.py --minutes 9 --out DIR`.
 
-Builds both libraries, runs the GPU tests, times every operator briefly, tunes launch parameters, then runs the whole
-suite and the models: the most valuable first, each step a process of its own with a limit of time, each recorded in DIR
-as soon as it ends. A step that fails stops no other. The same call again goes on where the time ended. Needs no
-network: `--wheels` names a folder of wheels for what the machine lacks (pytest, pybind11, ninja, ...). Where nvcc is
-missing, a `_cuda.abi3.so` that was carried in dreamkernels/ is used; `--prebuilt` uses all carried libraries and builds
-nothing. `--archive FILE` also packs DIR into one file, for machines from which only a few files come back.
+Builds both libraries, runs the GPU tests, times every operator briefly, tunes launch parameters, then runs DreamLLM at
+7b beside the original's pattern, the whole suite and other models: the most valuable first, each step a process of its
+own with a limit of time, each recorded in DIR as soon as it ends. A step that fails stops no other. The same call again
+goes on where the time ended. Needs no network: `--wheels` names a folder of wheels for what the machine lacks (pytest,
+pybind11, ninja, ...). Where nvcc is missing, a `_cuda.abi3.so` that was carried in dreamkernels/ is used; `--prebuilt`
+uses all carried libraries and builds nothing. `--archive FILE` also packs DIR into one file, for machines from which
+only a few files come back.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu_run_site"  # where --wheels go
-PARTS = ("facts", "build", "tests", "smoke", "tune", "suite", "models")
+PARTS = ("facts", "build", "tests", "smoke", "tune", "workloads", "suite", "models")
 FINISHED = ("passed", "failed", "too long")
 LEAST_SECONDS = 5.0  # with less left no step is begun
 NO_TESTS = 5  # pytest's code
 OUT_OF_TIME = 3  # the code of a command that ended early by itself, and of this one
 MODELS = ("diffusion_unet", "sampling", "llama_training_step")
+# What the names of dreamllm's cases begin with, after the size: each a process, so that a call can end between them.
+WORKLOADS = ("stage2", "creation", "comprehension", "text_to_image", "captioning", "stage3", "candidates")
+ENGINE = "inference"
+SIZES = {"small": "mini", "working": "7b"}  # of dreamllm.workloads
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,18 @@ def _build(setting: Setting) -> list[Step]:
     return [*steps, Step("build", "info", (python, "-m", "dreamkernels", "info", "--json"), 1)]
 
 
-def _benchmark(setting: Setting, part: str, name: str, minutes: float) -> Step:
+def _benchmark(setting: Setting, part: str, name: str, minutes: float, *more: str, step: str = "") -> Step:
+    step = step or name
     seconds = "0.1" if setting.size == "small" else "1"
-    record = str((setting.out / part / name).resolve())
-    options = ("--device", setting.device, "--size", setting.size, "--seconds", seconds, "--record", record)
-    return Step(part, name, (sys.executable, "-m", "benchmarks", "run", name, "--exactly", *options), minutes)
+    record = str((setting.out / part / step).resolve())
+    options = ("--device", setting.device, "--size", setting.size, "--seconds", seconds, "--record", record, *more)
+    return Step(part, step, (sys.executable, "-m", "benchmarks", "run", name, "--exactly", *options), minutes)
+
+
+def _workload(setting: Setting, part: str, name: str) -> Step:
+    """Cases of DreamLLM. Without their compiled variants: those compile for longer than a call lasts."""
+    only = f"{SIZES[setting.size]} {name}"
+    return _benchmark(setting, part, "dreamllm", 3, "--only", only, "--no-compile", step=name)
 
 
 def _suite(setting: Setting) -> list[Step]:
@@ -109,8 +121,9 @@ def _models(setting: Setting) -> list[Step]:
     out = str(setting.out / "models" / "profile")
     options = ("--size", size, "--precision", precision, "--device", setting.device, "--out", out)
     profile = Step("models", "profile", (sys.executable, "-m", "dreamllm", "profile", *options), 2)
-    names = () if setting.size == "small" else MODELS
-    return [profile, *(_benchmark(setting, "models", name, 4) for name in names)]
+    if setting.size == "small":
+        return [profile]
+    return [profile, _workload(setting, "models", ENGINE), *(_benchmark(setting, "models", n, 4) for n in MODELS)]
 
 
 def steps_of(part: str, setting: Setting) -> list[Step]:
@@ -132,6 +145,9 @@ def steps_of(part: str, setting: Setting) -> list[Step]:
         options = ("--minutes", "{minutes}", "--out", str(out / "tune" / "tuned.json"))
         # A part of every call, since the suite is wanted, too.
         return [Step("tune", "launch", (python, "-m", "dreamkernels", "tune", *options), 4)]
+    if part == "workloads":
+        names = ("comprehension",) if setting.size == "small" else WORKLOADS
+        return [_workload(setting, "workloads", name) for name in names]
     if part == "suite":
         return _suite(setting)
     if part == "models":

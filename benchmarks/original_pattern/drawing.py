@@ -12,11 +12,11 @@ from torch import Tensor
 from benchmarks.original_pattern.model import OriginalPattern
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, T], padded on the left as in the original's evaluation."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in prompts])
-    mask = torch.tensor([[*[0] * (longest - len(p)), *[1] * len(p)] for p in prompts])
+    ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (longest - len(p)), *[1] * len(p)] for p in prompts], device=device)
     return ids, mask
 
 
@@ -89,7 +89,7 @@ def draw_pixels(
     One noise generator per picture, where the original has one per batch: a picture then does not depend on what else
     is drawn, and can be compared.
     """
-    ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts, model.layout.pad))
+    ids, mask = pad_left(prompts, model.layout.pad, model.device)
     empty = torch.full((len(prompts), 1), model.layout.bos, device=model.device)
     states = dream_states(model, ids, mask)
     negative = dream_states(model, empty, torch.ones_like(empty))

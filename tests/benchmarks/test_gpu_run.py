@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import gpu_libraries, gpu_run
 from benchmarks.gpu_run import PARTS, Setting, Step, run, steps_of, summary
+from benchmarks.models import bench_dreamllm
 from dreamkernels import libraries
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,7 @@ def test_failed_tests_are_named(tmp_path):
 
 def test_the_most_valuable_comes_first_and_nothing_is_left_out(tmp_path):
     steps = {part: steps_of(part, Setting(tmp_path)) for part in PARTS}
-    assert list(steps) == ["facts", "build", "tests", "smoke", "tune", "suite", "models"]
+    assert list(steps) == ["facts", "build", "tests", "smoke", "tune", "workloads", "suite", "models"]
     assert all(steps.values())
     assert steps["tests"][0].name.startswith("test_")
     marked = {path.stem for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()}
@@ -154,6 +155,31 @@ def test_the_most_valuable_comes_first_and_nothing_is_left_out(tmp_path):
     assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match="no part 'painting'"):
         steps_of("painting", Setting(tmp_path))
+
+
+@pytest.mark.parametrize("size", ["small", "working"])
+def test_every_case_of_dreamllm_at_7b_is_in_one_step(size, tmp_path):
+    setting = Setting(tmp_path, "cuda", size)
+    steps = [step for part in ("workloads", "models") for step in steps_of(part, setting) if "--only" in step.command]
+    wanted = [step.command[step.command.index("--only") + 1] for step in steps]
+    assert all("--no-compile" in step.command for step in steps)
+    cases = [case.name for case in bench_dreamllm.cases("cuda", size)]
+    matches = [sum(text in case for text in wanted) for case in cases]
+    assert matches == [1] * len(cases) if size == "working" else sum(matches) == 1
+    assert all(any(text in case for case in cases) for text in wanted)
+
+
+@pytest.mark.slow
+def test_a_workload_is_run_recorded_and_not_repeated(tmp_path):
+    steps = steps_of("workloads", Setting(tmp_path, "cpu", "small"))
+    (result,) = run(steps, tmp_path, 3)
+    assert result["status"] == "passed", result["last_lines"]
+    record = json.loads((tmp_path / "workloads" / "comprehension.json").read_text())
+    assert [case["operator"] for case in record["cases"]] == ["mini stage1_comprehension"]
+    assert list(record["cases"][0]["contenders"]) == ["dreamllm", "original pattern"]
+    log = (tmp_path / "workloads" / "comprehension.log").read_text()
+    assert run(steps, tmp_path, 3)[0] == result
+    assert (tmp_path / "workloads" / "comprehension.log").read_text() == log
 
 
 def test_carried_libraries_are_only_loaded(tmp_path):

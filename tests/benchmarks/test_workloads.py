@@ -1,12 +1,26 @@
 """Every workload is like for like before it is timed, and the harness reports what failed."""
 
+import dataclasses
+import json
 import math
+import sys
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.extrapolation import extrapolations
-from benchmarks.harness import Case, Deferred, NotHereError, Part, Result, Timing, check_contenders, measure
+from benchmarks.harness import (
+    Case,
+    Deferred,
+    NotHereError,
+    Part,
+    Result,
+    Timing,
+    _tensors,
+    check_contenders,
+    measure,
+)
 from benchmarks.models import bench_dreamllm
 from benchmarks.models.inference import inference_workloads
 from benchmarks.models.setting import LARGE, Setting, in_float32
@@ -188,6 +202,56 @@ def test_the_spread_of_an_extrapolation_is_that_of_its_ends():
     (found,) = extrapolations([of_layers(2, ours=13.0), of_layers(6, ours=25.0)])
     line = found.lines["ours"]
     assert (line.least_us, line.median_us, line.most_us) == (33.0, 37.0, 42.0)
+
+
+def test_the_command_measures_two_counts_of_layers_and_records_what_follows(tmp_path, monkeypatch, capsys):
+    """The way of the 7b on a GPU, at tiny: bfloat16, two counts, an extrapolation, one record."""
+    monkeypatch.setattr(bench_dreamllm, "SHAPES", {"small": "tiny"})
+    monkeypatch.setattr(bench_dreamllm, "LAYERS", {"small": (1, 2)})
+    monkeypatch.setattr(Setting, "usual", lambda size, device: dataclasses.replace(LOW, size=size, device=device))
+    monkeypatch.setattr("benchmarks.timing.matmul_gflops", lambda device: {})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "dreamllm", "--exactly", "--only", "tiny stage2"])
+    sys.argv += [
+        "--no-compile",
+        "--rounds",
+        "1",
+        "--threads",
+        str(torch.get_num_threads()),
+        "--record",
+        str(tmp_path / "r"),
+    ]
+    monkeypatch.setattr("benchmarks.running.restart_with_settings", lambda arguments: None)
+    assert main() == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [case["part"]["held"] for case in record["cases"]] == [1, 2]
+    assert all(
+        case["case"].startswith(f"{n} of 2 layers, bfloat16, 8 doc") for n, case in enumerate(record["cases"], 1)
+    )
+    said = capsys.readouterr().out
+    for found in record["extrapolations"]:  # none where time happened not to grow with the layers
+        assert found["whole"] == 2
+        assert found["how"].startswith("extrapolated, not measured")
+        assert found["how"] in said
+
+
+@pytest.fixture
+def elsewhere():
+    """Tensors made without a device hold no values, so what needs them fails as it would beside a model on a GPU."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+MADE = {name: WORKLOADS[name] for name in ("comprehension", "creation_online", "stage2", "stage3", "captioning_greedy")}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_pattern_makes_its_tensors_where_its_model_is(name, request):
+    """Drawing is left out: diffusers' scheduler makes small tensors on the host, as in its pipelines."""
+    case = MADE[name]()
+    request.getfixturevalue("elsewhere")
+    for tensor in _tensors(case.contenders[PATTERN]()):
+        assert tensor.device.type == "meta" or tensor.isfinite().all()
 
 
 @pytest.mark.gpu
