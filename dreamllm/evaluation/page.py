@@ -38,7 +38,8 @@ td.none { color: var(--muted); font-weight: 400 !important; }
 .example img { display: block; height: 12rem; width: auto; max-width: 100%; object-fit: contain; }
 .example img.px { height: 8rem; }
 details { margin: 1.8rem 0 0; } summary { cursor: pointer; font: 0.9rem/1.5 var(--label); color: var(--muted); }
-details table { margin: 0.6rem 0 0; width: auto; } details td { text-align: left; white-space: pre-line; }
+details table { margin: 0.6rem 0 0; width: auto; } details tr > * { vertical-align: baseline; }
+details td { text-align: left; white-space: pre-line; }
 .example p { font: 0.92rem/1.45 var(--label); margin: 0.55rem 0 0; }
 .example .question { color: var(--muted); white-space: pre-line; }
 .example .said { font-weight: 600; }
@@ -99,7 +100,8 @@ def _asked(results: Mapping[str, Any]) -> str:
         for key, value in results.get(name, {}).items():
             values |= {f"{key}, {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     rows = "".join(
-        f"<tr><th>{escape(name.replace('_', ' '))}</th><td>{escape(str(value))}</td></tr>"
+        f"<tr><th>{escape(name.replace('_', ' '))}</th>"
+        f"<td>{escape('yes' if value is True else str(value).strip())}</td></tr>"
         for name, value in values.items()
         if value not in ("", None, False)
     )
