@@ -44,7 +44,7 @@ py::tuple pack_sequences(const Lengths& lengths, int64_t budget, int64_t look_ah
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 void resize_crop(const Bytes& picture, std::pair<int64_t, int64_t> size, std::array<int64_t, 4> window, bool bicubic,
-                 bool down_first, Bytes& to) {
+                 bool down_first, Bytes& to, int most_level) {
   const auto [columns, rows] = size;
   const auto [left, top, width, height] = window;
   if (picture.ndim() != 3 || picture.shape(2) != 3 || picture.size() == 0) throw py::value_error("picture must be bytes [H, W, 3]");
@@ -60,7 +60,7 @@ void resize_crop(const Bytes& picture, std::pair<int64_t, int64_t> size, std::ar
   const auto filter = bicubic ? dreamkernels::Filter::bicubic : dreamkernels::Filter::bilinear;
   py::gil_scoped_release release;
   dreamkernels::resize_crop(from, picture.shape(0), picture.shape(1), columns, rows, {left, top, width, height}, filter, down_first,
-                            into);
+                            into, static_cast<dreamkernels::Level>(most_level));
 }
 
 py::dict build_information() {
@@ -76,5 +76,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_information", &build_information);
   m.def("pack_sequences", &pack_sequences, py::arg("lengths"), py::arg("budget"), py::arg("look_ahead"));
   m.def("resize_crop", &resize_crop, py::arg("picture"), py::arg("size"), py::arg("window"), py::arg("bicubic"), py::arg("down_first"),
-        py::arg("out").noconvert());
+        py::arg("out").noconvert(), py::arg("most_level") = static_cast<int>(dreamkernels::Level::avx512));
 }

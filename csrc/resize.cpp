@@ -6,19 +6,13 @@
 #include <cstring>
 #include <vector>
 
-// The sums are compiled for several instruction sets, and the loader of the library chooses.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
-#define DK_EACH_ISA __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-#else
-#define DK_EACH_ISA
-#endif
+#define DK_INLINE inline __attribute__((always_inline))
 
 namespace dreamkernels {
 namespace {
 
 constexpr int kFractionBits = 22;  // 255 times the weights of one output, of which some are negative, fit in int32
 constexpr int32_t kHalf = 1 << (kFractionBits - 1);
-constexpr int kRows = 4;  // that are resized across together: four pixels of four int32 fill a vector of 512 bits
 constexpr int64_t kBlock = 64;
 
 // What the outputs `from` to `to` - 1 of one direction are sums of: inputs first[i] to first[i] + count[i] - 1.
@@ -64,14 +58,30 @@ Taps make_taps(int64_t inputs, int64_t outputs, int64_t from, int64_t to, Filter
   return taps;
 }
 
-inline __attribute__((always_inline)) uint8_t to_byte(int32_t sum) {
+DK_INLINE uint8_t to_byte(int32_t sum) {
   return static_cast<uint8_t>(std::clamp(sum >> kFractionBits, 0, 255));
 }
 
-typedef int32_t Pixels __attribute__((vector_size(4 * 4 * kRows)));  // red, green, blue and nothing, of each of the rows
+template <int kRows>
+struct PixelsOf;
+template <>
+struct PixelsOf<1> {
+  typedef int32_t type __attribute__((vector_size(16)));
+};
+template <>
+struct PixelsOf<2> {
+  typedef int32_t type __attribute__((vector_size(32)));
+};
+template <>
+struct PixelsOf<4> {
+  typedef int32_t type __attribute__((vector_size(64)));
+};
 
-// `height` rows of `width` pixels, the first of which has the number `left`, -> [height, outputs, 3].
-DK_EACH_ISA void across(const uint8_t* picture, int64_t height, int64_t width, int64_t left, const Taps& taps, uint8_t* to) {
+// `height` rows of `width` pixels, the first of which has the number `left`, -> [height, outputs, 3]. kRows rows at a time: their
+// pixels, red, green, blue and nothing as int32, fill a vector.
+template <int kRows>
+DK_INLINE void across_rows(const uint8_t* picture, int64_t height, int64_t width, int64_t left, const Taps& taps, uint8_t* to) {
+  using Pixels = typename PixelsOf<kRows>::type;
   const int64_t outputs = static_cast<int64_t>(taps.first.size());
   std::vector<int32_t> spread(static_cast<std::size_t>(width) * 4 * kRows);
   for (int64_t top = 0; top < height; top += kRows) {
@@ -99,7 +109,7 @@ DK_EACH_ISA void across(const uint8_t* picture, int64_t height, int64_t width, i
 }
 
 // Rows of `bytes` bytes every `stride` bytes, the first of which has the number `top`, -> one row per output.
-DK_EACH_ISA void down(const uint8_t* picture, int64_t stride, int64_t top, int64_t bytes, const Taps& taps, uint8_t* to) {
+DK_INLINE void down_rows(const uint8_t* picture, int64_t stride, int64_t top, int64_t bytes, const Taps& taps, uint8_t* to) {
   const int64_t outputs = static_cast<int64_t>(taps.first.size());
   for (int64_t output = 0; output < outputs; ++output) {
     const int32_t* weights = taps.weights.data() + output * taps.size;
@@ -123,6 +133,39 @@ DK_EACH_ISA void down(const uint8_t* picture, int64_t stride, int64_t top, int64
   }
 }
 
+using Pass = void(const uint8_t* picture, int64_t a, int64_t b, int64_t c, const Taps& taps, uint8_t* to);
+struct Passes {
+  Pass *across, *down;
+};
+
+void across_scalar(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) { across_rows<1>(p, a, b, c, t, to); }
+void down_scalar(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) { down_rows(p, a, b, c, t, to); }
+
+#if defined(__x86_64__)
+#define DK_FOR(isa) __attribute__((target(isa)))
+DK_FOR("avx2") void across_avx2(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) {
+  across_rows<2>(p, a, b, c, t, to);
+}
+DK_FOR("avx2") void down_avx2(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) {
+  down_rows(p, a, b, c, t, to);
+}
+DK_FOR("avx512f") void across_avx512(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) {
+  across_rows<4>(p, a, b, c, t, to);
+}
+DK_FOR("avx512f") void down_avx512(const uint8_t* p, int64_t a, int64_t b, int64_t c, const Taps& t, uint8_t* to) {
+  down_rows(p, a, b, c, t, to);
+}
+#endif
+
+// Those for this processor, of the levels up to `most`. The sums are of integers: all give the same bits.
+Passes passes([[maybe_unused]] Level most) {
+#if defined(__x86_64__)
+  if (most >= Level::avx512 && __builtin_cpu_supports("avx512f")) return {across_avx512, down_avx512};
+  if (most >= Level::avx2 && __builtin_cpu_supports("avx2")) return {across_avx2, down_avx2};
+#endif
+  return {across_scalar, down_scalar};
+}
+
 // The first input that any output needs, and the one behind the last.
 struct Needed {
   int64_t first, stop;
@@ -132,7 +175,8 @@ Needed needed(const Taps& taps) { return {taps.first.front(), taps.first.back() 
 }  // namespace
 
 void resize_crop(const uint8_t* picture, int64_t height, int64_t width, int64_t columns, int64_t rows, const Window& window,
-                 Filter filter, bool down_first, uint8_t* to) {
+                 Filter filter, bool down_first, uint8_t* to, Level most) {
+  const auto [across, down] = passes(most);
   const Taps columns_of = make_taps(width, columns, window.left, window.left + window.width, filter);
   const Taps rows_of = make_taps(height, rows, window.top, window.top + window.height, filter);
   if (down_first) {

@@ -28,7 +28,8 @@ def resize_crop(
     """Resizes `picture` and writes a part of the result into `out`, which is returned.
 
     The bits are those of `PIL.Image.resize` (antialiased, its `box` the whole picture) followed by `crop`; what is
-    cropped away is never computed. On one core three to four times as fast as Pillow.
+    cropped away is never computed. One core takes a quarter of Pillow's time with AVX-512, a third with AVX2 and two
+    thirds without.
 
     Args:
         picture: uint8 [H, W, 3].

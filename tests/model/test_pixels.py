@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dreamkernels import libraries
+from dreamllm.documents.batch import Pixels
 from dreamllm.model.pixels import VisionPixels, check_pixels, target_pixels
 from dreamllm.model.processor import CLIPImageProcessorPil
 
@@ -70,6 +71,13 @@ def test_targets_are_resized_cropped_and_scaled(size, channels):
         array = array[top : top + size, left : left + size] / 127.5 - 1.0
         expected = array[None] if channels == 1 else array.transpose(2, 0, 1)
         assert torch.equal(values, torch.from_numpy(np.ascontiguousarray(expected)))
+
+
+@pytest.mark.gpu
+def test_a_gpu_looks_the_same_values_up():
+    for pixels in (target_pixels(pictures(), 65, 3), VisionPixels(CLIPImageProcessorPil())(pictures())):
+        there = Pixels(pixels.values.cuda(), pixels.table.cuda()).expanded()
+        assert torch.equal(there.cpu(), pixels.expanded())
 
 
 def test_bytes_are_a_quarter_of_the_pixel_values_and_no_model_takes_them_for_those():

@@ -63,6 +63,18 @@ def test_pictures_of_the_usual_sizes_have_pillows_bits(before, after, resample):
     assert np.array_equal(resized(array, after, (0, 0, *after), resample, False), expected)
 
 
+@pytest.mark.parametrize("down_first", [False, True])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_instruction_set_gives_the_same_bits(level, down_first):
+    """The best of the processor up to that level: scalar, AVX2, AVX-512."""
+    for width, height in ((97, 61), (64, 131), (5, 4), (300, 7)):
+        array, size, window = picture(width, height), (71, 67), (3, 5, 66, 59)
+        out = np.empty((59, 66, 3), np.uint8)
+        libraries.EXTENSION.resize_crop(array, size, window, True, down_first, out, most_level=level)
+        expected = in_steps(array, size, "bicubic", down_first)[5:64, 3:69]
+        assert np.array_equal(out, expected)
+
+
 @pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, reason="Pillow resized along the width first")
 @pytest.mark.parametrize("above", [0, 1])
 @pytest.mark.parametrize("resample", FILTERS)
