@@ -18,7 +18,7 @@ from dreamkernels.frozen import (
     why_not_frozen,
     why_not_packed,
 )
-from tests.support.operators import assert_close_to_float64, dtype_name
+from tests.support.operators import assert_close_to_float64, assert_summed, dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)
 CONVOLUTIONS = {
@@ -143,13 +143,6 @@ def test_linear(shape, bias, dtype):
         grad_x, *grad_residual = torch.autograd.grad(y, [x] if residual is None else [x, residual], grad_y)
         assert_summed(grad_x, grad_y.double() @ weight, grad_y.double().abs() @ weight.abs(), terms=70)
         assert all(torch.equal(found, grad_y) for found in grad_residual)
-
-
-def assert_summed(actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
-    """`actual` is a float32 sum of so many products, in any order, rounded to its dtype."""
-    summing = terms * 2.0**-24 * magnitude
-    rounding = torch.finfo(actual.dtype).eps / 2 * (exact.abs() + summing)
-    assert ((actual.double() - exact).abs() <= summing + rounding).all()
 
 
 def test_joined_layers_give_their_results_side_by_side():

@@ -19,6 +19,7 @@ from dreamkernels.integrations.constant_prefix import ConstantPrefix
 from dreamkernels.integrations.report import patched_by_us
 from dreamkernels.nn import RMSNorm
 from dreamkernels.ops import rotary, swiglu
+from dreamkernels.products import linear_layer
 
 norm_forward = RMSNorm.forward
 
@@ -63,7 +64,8 @@ def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, 
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
     x = x.to(autocast_dtype(x))  # once, not once per projection
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    gate, up = linear_layer(self.gate_proj, x), linear_layer(self.up_proj, x)
+    return linear_layer(self.down_proj, swiglu(gate, up))
 
 
 def attention_forward(
@@ -84,7 +86,9 @@ def attention_forward(
     """
     x = hidden_states.to(autocast_dtype(hidden_states))  # once, not once per projection
     shape = x.shape[:-1]
-    query, key, value = (p(x).view(*shape, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    query, key, value = (
+        linear_layer(p, x).view(*shape, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
+    )
     query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
     value = value.transpose(1, 2)
     if past_key_values is not None:
@@ -104,7 +108,7 @@ def attention_forward(
     output = output.reshape(*shape, -1)
     if rows_wanted is not None:
         output = rows_wanted.of(output, self.layer_idx)
-    return self.o_proj(output.contiguous()), weights
+    return linear_layer(self.o_proj, output.contiguous()), weights
 
 
 def store_keys_and_values(
@@ -112,7 +116,7 @@ def store_keys_and_values(
 ) -> None:
     """What an attention module hands to `prefix`, without the attention itself. x [1, T, hidden]."""
     x = x.to(autocast_dtype(x))
-    key, value = (p(x).view(*x.shape[:-1], -1, self.head_dim) for p in (self.k_proj, self.v_proj))
+    key, value = (linear_layer(p, x).view(*x.shape[:-1], -1, self.head_dim) for p in (self.k_proj, self.v_proj))
     key = key.transpose(1, 2)
     _, key = rotate(key, key, *position_embeddings)
     prefix.store(self.layer_idx, key[0].transpose(0, 1), value[0])

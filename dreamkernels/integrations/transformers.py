@@ -114,6 +114,8 @@ def optimize(
 ) -> Report:
     """Makes LLaMA, Qwen2 and Mistral decoders use the operators, wherever they are in a model.
 
+    Projections of attention modules and MLPs that are replaced run `dreamkernels.products.linear`.
+
     Args:
         model: any module that contains such a decoder: a `...ForCausalLM`, a `...Model`, or a larger model.
         rms_norm: RMSNorm modules run `dreamkernels.rms_norm`; in decoder layers it also does the residual add.

@@ -16,7 +16,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cross entropy", ("cross_entropy", "nll_loss", "log_softmax")),
     ("diffusion loss", ("diffusion_loss", "add_noise")),
     ("convolution", ("convolution", "conv2d")),
-    ("matrix product", ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")),
+    ("matrix product", ("mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise", "matmul")),
     ("group norm", ("group_norm",)),
     ("layer norm", ("layer_norm",)),
     ("RMSNorm", ("rms_norm",)),
@@ -29,7 +29,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Kinds of operator, the first whose words occur in the operator's name. Anything else is "element-wise and other"."""
 
 OTHER = "element-wise and other"
-_EXACT = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"}
+_EXACT = {"mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise", "matmul"}
 
 
 def kind_of(name: str) -> str:

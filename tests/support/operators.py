@@ -67,3 +67,10 @@ def _results(
 ) -> list[torch.Tensor]:
     outputs, found, _ = differentiated(function, arguments, gradients)
     return [*outputs, *found]
+
+
+def assert_summed(actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
+    """`actual` is a float32 sum of so many products, in any order, rounded to its dtype (Higham 2002, section 3.1)."""
+    summing = terms * 2.0**-24 * magnitude
+    rounding = torch.finfo(actual.dtype).eps / 2 * (exact.abs() + summing)
+    assert ((actual.double() - exact).abs() <= summing + rounding).all()
