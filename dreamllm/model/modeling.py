@@ -31,7 +31,14 @@ from dreamllm.model.attention import ATTENTION_NAME, PackedLayout, use_dreamkern
 from dreamllm.model.codec import build_codec, encode_moments, encode_pictures, sample_moments
 from dreamllm.model.configuration import DreamLLMConfig
 from dreamllm.model.creation import CreationSplit, Packing, dependent_states, why_not_split
-from dreamllm.model.diffusion import DiffusionDraws, NoiseSchedule, diffusion_loss, draw_diffusion, mean_in_parts
+from dreamllm.model.diffusion import (
+    DiffusionDraws,
+    NoiseSchedule,
+    diffusion_loss,
+    draw_diffusion,
+    dtype_of,
+    mean_in_parts,
+)
 from dreamllm.model.memory import Recompute
 from dreamllm.model.memory import recompute_layers as recompute_layers_of
 from dreamllm.model.pixels import check_pixels
@@ -415,7 +422,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
 
     def prepare_condition(self, condition_MQC: Tensor) -> Tensor | DreamCondition:
         """What the UNet takes as condition: with the fused operators, keys and values of all its layers at once."""
-        condition_MQC = condition_MQC.to(self.unet.dtype)
+        condition_MQC = condition_MQC.to(dtype_of(self.unet))
         if self.diffusion_operators is None or not self.diffusion_operators.takes_conditions(self.unet):
             return condition_MQC
         return self.diffusion_operators.condition(condition_MQC, unet=self.unet)
