@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
     "operators": ("operators", "--seconds", "1", "--rounds", "60"),
-    "models": ("dreamllm", "--no-compile", "--rounds", "5", "--seconds", "10"),
+    "models": ("dreamllm", "inference", "--no-compile", "--rounds", "5", "--seconds", "10"),
 }
 
 

@@ -74,6 +74,8 @@ def why_not_packed(module: nn.Module) -> str:
     if not _has_onednn():
         return "this build of torch has no oneDNN"
     weight: Any = module.weight
+    if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
+        return f"its weight is a {type(weight).__name__}, which is no plain matrix"
     if weight.device.type not in ("cpu", "meta"):
         return f"it is on {weight.device}; only CPU weights have a layout of their own"
     return "" if _supports(weight.dtype) else f"oneDNN does not multiply {weight.dtype} on this CPU"

@@ -23,8 +23,8 @@ class FusedDecoder:
     Raises ValueError where `why_not_fused` names an obstacle.
     """
 
-    def __init__(self, decoder: nn.Module, window: int | None) -> None:
-        layers: Any = decoder.layers
+    def __init__(self, decoder: Any, window: int | None) -> None:
+        layers = decoder.layers
         if reason := why_not_fused(decoder):
             raise ValueError(f"{type(decoder).__name__} cannot run as one operator: {reason}")
         self._norms = [norm for layer in layers for norm in _norms(layer)] + [decoder.norm]
@@ -50,11 +50,21 @@ class FusedDecoder:
         positions = torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32)
         cache.extend(sequences, [1] * len(sequences))
         tables = cache.block_table(sequences)
-        kv_cache, norm = cache.keys_and_values, self._last.weight
-        options = {"eps": self._eps, "scale": self._scale, "window": self._window}
-        return decode_layers(x, self._weights(), norm, kv_cache, positions, tables, cos, sin, **options)
+        return decode_layers(
+            x,
+            self._weights(),
+            self._last.weight,
+            cache.keys_and_values,
+            positions,
+            tables,
+            cos,
+            sin,
+            eps=self._eps,
+            scale=self._scale,
+            window=self._window,
+        )
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self) -> list[Any]:
         return [parameters["weight"] for parameters in self._parameters]
 
 

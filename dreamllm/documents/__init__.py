@@ -6,12 +6,13 @@ from dreamllm.documents.encode import EncodedDocument, encode_document
 from dreamllm.documents.formats import conversation, instruction_interleaved, interleaved, pair, prompt
 from dreamllm.documents.layout import IGNORE_INDEX, SPECIAL_TOKENS, SequenceLayout
 from dreamllm.documents.picture import OversizedPictureError, PictureError, PictureSource, load_picture, picture_size
-from dreamllm.documents.templates import CHAT_TEMPLATES, PLAIN, VICUNA_V1_1, ChatTemplate, chat_template
+from dreamllm.documents.templates import CHAT_TEMPLATES, PLAIN, REWRITING, VICUNA_V1_1, ChatTemplate, chat_template
 
 __all__ = [
     "CHAT_TEMPLATES",
     "IGNORE_INDEX",
     "PLAIN",
+    "REWRITING",
     "SPECIAL_TOKENS",
     "VICUNA_V1_1",
     "ChatTemplate",

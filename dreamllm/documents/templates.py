@@ -42,6 +42,11 @@ VICUNA_V1_1 = ChatTemplate(
 PLAIN = ChatTemplate(name="plain", system="")
 """Role tags without a system sentence, for small models with short contexts."""
 
+REWRITING = (
+    "Rewrite the following request as a detailed caption of one picture. Answer with the caption only: {request}"
+)
+"""The message by which a model is asked to rewrite a request before it draws it (spec F.5; the wording is ours)."""
+
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {template.name: template for template in (VICUNA_V1_1, PLAIN)}
 
 

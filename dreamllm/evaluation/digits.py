@@ -221,7 +221,7 @@ def _draw_digits(
     wanted = np.repeat(np.arange(10), options.created_per_digit)
     captions = [caption_of(options.captions[i % len(options.captions)], n) for i, n in enumerate(wanted.tolist())]
     seeds = range(options.seed, options.seed + len(wanted))
-    drawn = Assistant(engine).draw_many(captions, seeds, drawing, bar.begin("drawing digits"))
+    drawn = Assistant(engine).text_to_image_many(captions, seeds, drawing, bar.begin("drawing digits"))
     return to_uint8([picture for (picture,) in drawn]), wanted
 
 

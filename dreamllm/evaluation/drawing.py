@@ -19,9 +19,7 @@ from dreamllm.evaluation.benchmarks.base import Drawing, Figure, PictureBenchmar
 from dreamllm.evaluation.benchmarks.creation import CLIP, INCEPTION
 from dreamllm.evaluation.files import find_file, find_folder
 from dreamllm.evaluation.metrics import (
-    ClipJudge,
     FeatureStatistics,
-    best_candidate,
     clip_score,
     feature_statistics,
     frechet_distance,
@@ -31,6 +29,7 @@ from dreamllm.evaluation.metrics import (
 )
 from dreamllm.evaluation.metrics.frechet import KID_SUBSET_SIZE
 from dreamllm.evaluation.records import AnswerFile, Shard
+from dreamllm.inference import ClipJudge, best_candidate
 
 PICTURES = "pictures"
 FEATURE_BATCH = 32

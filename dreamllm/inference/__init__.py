@@ -6,12 +6,15 @@ from dreamllm.inference.drawing import DrawingOptions, drawing_defaults
 from dreamllm.inference.engine import Engine
 from dreamllm.inference.options import Answer, GenerationOptions
 from dreamllm.inference.page import document_page, write_page
+from dreamllm.inference.quantisation import quantise_weights
 from dreamllm.inference.request import NewPicture, NewText, Preview, Request
 from dreamllm.inference.sampler import DenoisingGraphs, draw
+from dreamllm.inference.selection import ClipJudge, best_candidate
 
 __all__ = [
     "Answer",
     "Assistant",
+    "ClipJudge",
     "DenoisingGraphs",
     "Dialogue",
     "DrawingOptions",
@@ -21,9 +24,11 @@ __all__ = [
     "NewText",
     "Preview",
     "Request",
+    "best_candidate",
     "document_page",
     "draw",
     "drawing_defaults",
     "load",
+    "quantise_weights",
     "write_page",
 ]

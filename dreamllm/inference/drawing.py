@@ -41,7 +41,10 @@ class DrawingOptions:
         eta: noise added by "ddim", 0 (none) to 1 (as much as "ddpm"). The other schedulers accept only 0.
         size: side of the pictures in pixels, a multiple of 8 (of the UNet's reduction, for models on pixels);
             None: the model's own.
-        candidates: pictures per condition. More than one only where nothing is written after the picture.
+        candidates: pictures per condition. More than one only where nothing is written after the picture, or with
+            `select`.
+        select: folder of a CLIP model that chooses one of the candidates: the one that agrees best with the text before
+            the picture, in an answer without one with the request. None: all candidates are kept.
         negative_prompt: what the pictures are led away from; empty: the condition of the empty prompt.
         batch_size: pictures denoised together. Changes speed and memory, not the pictures.
 
@@ -55,6 +58,7 @@ class DrawingOptions:
     eta: float = 0.0
     size: int | None = None
     candidates: int = 1
+    select: str | None = None
     negative_prompt: str = ""
     batch_size: int = 16
 
@@ -69,6 +73,8 @@ class DrawingOptions:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a finite number of at least 0, not {self.guidance_scale}")
+        if self.select is not None and self.candidates == 1:
+            raise ValueError("select chooses among candidates; set candidates above 1")
         if self.eta and self.scheduler != "ddim":
             raise ValueError(f"eta {self.eta} has no meaning for scheduler {self.scheduler!r}; use 'ddim' or eta 0")
 

@@ -13,7 +13,8 @@ from dreamkernels import GraphedCalls
 from dreamkernels.integrations.paged_cache import PAGE_SIZE, KeyValueCache
 from dreamllm.documents import Document, load_picture
 from dreamllm.inference.conditions import Conditions, decoder_of, evaluating
-from dreamllm.inference.drawing import DrawingOptions, Progress, check_seeds, drawing_defaults
+from dreamllm.inference.drawing import Progress, check_seeds
+from dreamllm.inference.intake import Intake, options_of
 from dreamllm.inference.options import Answer, GenerationOptions
 from dreamllm.inference.picture_work import PictureWork
 from dreamllm.inference.prompts import Prompts
@@ -79,10 +80,10 @@ class Engine:
         self._writer = Writer(model, self._never)
         self._prompts = Prompts(model, processor)
         self._conditions = Conditions(model, self._prompts, batch_size, pack_weights, self._writing_graphs)
-        self._checked: set[DrawingOptions] = set()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._pictures = PictureWork(model, self.null_condition, GraphedCalls() if graphed else None)
+        self._intake = Intake(processor, self._prompts, self._pictures, model, max_cache_tokens)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -108,9 +109,9 @@ class Engine:
         for an answer or a forced picture, and for a wrong number of seeds or options; `PictureError` for a picture in
         a prompt that cannot be read.
         """
-        every, seeds = self._options_of(prompts, options, seeds)
+        every, seeds = options_of(prompts, options, seeds)
         requests = [
-            self._request(prompt, own, seed, progress=progress)
+            self._intake.request(prompt, own, seed, progress=progress)
             for prompt, own, seed in zip(prompts, every, seeds, strict=True)
         ]
         self._waiting.extend(requests)
@@ -167,7 +168,7 @@ class Engine:
         options = options or GenerationOptions()
         seed = options.seed if seed is None else seed
         check_seeds([seed], 1, "prompt")
-        request = self._request(prompt, options, seed, on_event, preview_every)
+        request = self._intake.request(prompt, options, seed, on_event, preview_every)
         self._waiting.append(request)
         return request
 
@@ -230,72 +231,7 @@ class Engine:
         assert self._cache is not None
         return self._cache
 
-    # -- prompts -------------------------------------------------------------------------------------------------------
-
-    def _options_of(
-        self,
-        prompts: Sequence[Document],
-        options: GenerationOptions | Sequence[GenerationOptions] | None,
-        seeds: Sequence[int] | None,
-    ) -> tuple[Sequence[GenerationOptions], Sequence[int]]:
-        if options is None or isinstance(options, GenerationOptions):
-            first = options or GenerationOptions()
-            every: Sequence[GenerationOptions] = [first] * len(prompts)
-            default: Sequence[int] = range(first.seed, first.seed + len(prompts))
-        else:
-            every, default = options, [own.seed for own in options]
-            if len(every) != len(prompts):
-                raise ValueError(f"{len(every)} options were given, but {len(prompts)} are needed, one per prompt")
-        seeds = default if seeds is None else seeds
-        check_seeds(seeds, len(prompts), "prompt")
-        return every, seeds
-
-    def _request(
-        self,
-        prompt: Document,
-        options: GenerationOptions,
-        seed: int,
-        on_event: OnEvent | None = None,
-        preview_every: int = 0,
-        progress: Progress | None = None,
-    ) -> Request:
-        drawing = options.drawing or drawing_defaults(self.model)
-        if drawing.candidates > 1 and not (options.pictures == "force" and options.max_new_tokens == 0):
-            raise ValueError(
-                f"{drawing.candidates} candidates per picture, but writing goes on after one picture only; "
-                "use candidates=1, or pictures='force' with max_new_tokens=0"
-            )
-        if options.pictures != "forbid" and drawing not in self._checked:
-            self._pictures.check(drawing)
-            if drawing.guided:
-                self._prompts.encode_null(drawing.negative_prompt)
-            self._checked.add(drawing)
-        encoded = self._prompts.encode(prompt)
-        self._prompts.check_room(encoded, options)
-        decode = self.processor.decode_text
-        request = Request(encoded, options, drawing, seed, self.layout, decode, on_event, preview_every, progress)
-        needed, most = self._most_tokens(request), self._max_cache_tokens
-        if most is not None and needed > most:
-            raise ValueError(
-                f"{encoded.name or 'the prompt'} may need {needed} positions of a cache of {most}; shorten it, allow "
-                "fewer tokens or pictures, or raise max_cache_tokens"
-            )
-        return request
-
     # -- who takes part ------------------------------------------------------------------------------------------------
-
-    def _most_tokens(self, request: Request) -> int:
-        """Positions that a request may come to take, in whole pages."""
-        options, layout = request.options, self.layout
-        most = layout.max_length
-        if request.lone_picture:
-            return -(-(len(request.encoded) + layout.dream_length) // PAGE_SIZE) * PAGE_SIZE
-        if options.pictures == "forbid" or options.max_pictures is not None:
-            picture = layout.dream_length + layout.image_length
-            pictures = 0 if options.pictures == "forbid" else options.max_pictures or 0
-            most = min(most, len(request.encoded) + options.max_new_tokens + pictures * picture)
-        beams = options.num_beams
-        return beams * (-(-most // PAGE_SIZE) + (beams > 1)) * PAGE_SIZE
 
     def _admit(self) -> None:
         """Lets waiting requests in, in their order."""
@@ -308,7 +244,7 @@ class Engine:
                 self._cache = self._decoder.new_cache(None if most is None else max(1, most // PAGE_SIZE))
         while self._waiting and len(self._running) < self.batch_size:
             if self._max_cache_tokens is not None:
-                taken = sum(self._most_tokens(request) for request in (*self._running, self._waiting[0]))
+                taken = sum(self._intake.most_tokens(request) for request in (*self._running, self._waiting[0]))
                 if taken > self._max_cache_tokens:
                     return
             request = self._waiting.popleft()

@@ -15,6 +15,7 @@ from dreamllm.inference.denoising import Denoising, PictureInWork
 from dreamllm.inference.drawing import DrawingOptions, Progress, build_scheduler, picture_seed, to_pil
 from dreamllm.inference.loop import check_size
 from dreamllm.inference.request import Preview, Request
+from dreamllm.inference.selection import ClipJudge, best_candidate
 from dreamllm.model import DreamLLM
 
 
@@ -45,13 +46,21 @@ class PictureWork:
     ) -> None:
         self._model, self._null_condition, self._graphs = model, null_condition, graphs
         self._stream: Any = None
+        self._judge: tuple[str, ClipJudge] | None = None  # the latest
         self._batches: dict[DrawingOptions, _Batch] = {}
         self._watched: dict[int, _Watched] = {}
 
     def check(self, options: DrawingOptions) -> None:
-        """Raises `ValueError` for options with which this model cannot draw."""
+        """Raises `ValueError` for options with which this model cannot draw, `FileNotFoundError` where no CLIP is."""
         build_scheduler(self._model.config.scheduler_config, options)
         check_size(self._model, options)
+        if options.select is not None:
+            self._judge_of(options.select)
+
+    def _judge_of(self, folder: str) -> ClipJudge:
+        if self._judge is None or self._judge[0] != folder:
+            self._judge = folder, ClipJudge(folder, self._model.device)
+        return self._judge[1]
 
     def advance(self, running: Sequence[Request]) -> None:
         """Begins pictures where there is room, then takes one denoising step of all in work.
@@ -106,7 +115,7 @@ class PictureWork:
         left = request.drawing.candidates - request.num_begun
         if not left:
             return
-        batch = self._batch_of(replace(request.drawing, candidates=1))
+        batch = self._batch_of(replace(request.drawing, candidates=1, select=None))
         if request.progress is not None:
             watched = self._watched.setdefault(id(request.progress), _Watched(request.progress))
             if (id(request), request.num_drawn) not in watched.counted:
@@ -115,7 +124,8 @@ class PictureWork:
         count = min(left, request.drawing.batch_size - len(batch.owners))
         if count > 0 and request.condition is not None:
             numbers = range(request.num_begun, request.num_begun + count)
-            seeds = [picture_seed(request.seed, request.num_drawn + number) for number in numbers]
+            first = request.num_drawn * request.drawing.candidates // request.num_kept
+            seeds = [picture_seed(request.seed, first + number) for number in numbers]
             if request.condition.is_cuda:  # its memory came from another stream, which must not reuse it yet
                 request.condition.record_stream(torch.cuda.current_stream(request.condition.device))
             joined = batch.denoising.join(request.condition, seeds)
@@ -157,4 +167,11 @@ class PictureWork:
                 continue
             request.candidates[number] = to_pil(image)
             if all(candidate is not None for candidate in request.candidates):
-                request.attempt(request.take_pictures)
+                request.attempt(self._hand_over, request)
+
+    def _hand_over(self, request: Request) -> None:
+        drawn = [candidate for candidate in request.candidates if candidate is not None]
+        if request.drawing.select is not None:
+            agreement = self._judge_of(request.drawing.select).agreement(drawn, [request.picture_text])
+            request.candidates = [drawn[best_candidate(agreement)]]
+        request.take_pictures()

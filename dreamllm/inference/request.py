@@ -67,6 +67,7 @@ class Request:
         on_event: OnEvent | None = None,
         preview_every: int = 0,
         progress: Progress | None = None,
+        asked: str = "",
     ) -> None:
         self.encoded, self.options, self.drawing, self.seed = encoded, options, drawing, seed
         self.state: State = "waiting"
@@ -84,7 +85,7 @@ class Request:
         self.length = len(encoded)  # positions
         self.wants_picture = options.pictures == "force"
         self.cancelled = False
-        self._layout, self._decode, self._on_event = layout, decode, on_event
+        self._layout, self._decode, self._on_event, self._asked = layout, decode, on_event, asked
         self._parts: list[Part] = []
         self._text_ids: list[int] = []
         self._text_told = ""
@@ -206,6 +207,16 @@ class Request:
     def tell(self, event: Event) -> None:
         if self._on_event is not None:
             self._on_event(event)
+
+    @property
+    def picture_text(self) -> str:
+        """What the picture in work should show: the text before it, or what was asked for."""
+        return self._cut(self._decode(self._text_ids)).strip() or self._asked
+
+    @property
+    def num_kept(self) -> int:
+        """How many of a picture's candidates become part of the answer."""
+        return self.drawing.candidates if self.drawing.select is None else 1
 
     @property
     def listens(self) -> bool:

@@ -21,7 +21,7 @@ from benchmarks.harness import (
     check_contenders,
     measure,
 )
-from benchmarks.models import bench_dreamllm
+from benchmarks.models import bench_dreamllm, bench_inference
 from benchmarks.models.inference import inference_workloads
 from benchmarks.models.setting import LARGE, Setting, in_float32
 from benchmarks.models.workloads import COMPILED, KEEPING, OURS, PATTERN, workloads
@@ -174,6 +174,14 @@ def test_the_7b_runs_on_a_gpu_only_and_case_by_case():
     small = [case.name for case in bench_dreamllm.cases("cuda", "small")]
     assert len(names) == len(small) + 2
     assert "mini stage2" in small
+
+
+def test_the_engine_has_benchmarks_of_its_own():
+    """As `python -m benchmarks run inference` runs them."""
+    with pytest.raises(NotHereError, match="needs a GPU"):
+        next(bench_inference.cases("cpu", "working"))
+    cases = list(bench_inference.cases("cpu", "small"))
+    assert [case.name for case in cases] == [f"mini {name}" for name in INFERENCE]
 
 
 def of_layers(held, whole=10, **medians):

@@ -12,8 +12,8 @@ from dreamllm.evaluation.answerer import ModelAnswerer
 from dreamllm.evaluation.answering import SEED
 from dreamllm.evaluation.benchmarks import find_benchmark
 from dreamllm.evaluation.drawing import cropped_square
-from dreamllm.evaluation.metrics import ClipJudge, FeatureStatistics, inception_pixels
-from dreamllm.inference import Assistant, Engine
+from dreamllm.evaluation.metrics import FeatureStatistics, inception_pixels
+from dreamllm.inference import Assistant, ClipJudge, Engine
 from tests.evaluation.folders import COUNT, CREATION_WRITERS
 from tests.evaluation.networks import random_inception, write_clip, write_statistics
 from tests.tiny import tiny_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamllm.documents import Document, End, PictureError, Text
+from dreamllm.documents import REWRITING, Document, End, PictureError, Text
 from dreamllm.inference import Dialogue, DrawingOptions, GenerationOptions, command, load
 from dreamllm.inference.terminal import UPPER_HALF, describe, half_blocks, printable
 from dreamllm.model import CheckpointError
@@ -56,25 +56,82 @@ def test_captions_of_many_pictures_are_those_of_each(assistant):
 
 def test_drawings_of_many_captions_are_those_of_each(assistant):
     captions = ["license", "a copy of the work", "Program"]
-    together = assistant.draw_many(captions, [4, 5, 6], QUICK)
+    together = assistant.text_to_image_many(captions, [4, 5, 6], QUICK)
     for caption, seed, (picture,) in zip(captions, [4, 5, 6], together, strict=True):
-        alone = assistant.draw(caption, seed, QUICK)
+        alone = assistant.text_to_image(caption, seed, QUICK)
         assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
 
 
 def test_drawing_takes_the_models_options_by_default(assistant):
-    assert assistant.draw("license", 3).tobytes() == assistant.draw("license", 3, QUICK).tobytes()
+    assert assistant.text_to_image("license", 3).tobytes() == assistant.text_to_image("license", 3, QUICK).tobytes()
 
 
 def test_candidates(assistant):
     options = DrawingOptions(steps=2, candidates=3)
-    assert [len(pictures) for pictures in assistant.draw_many(["a", "b"], options=options)] == [3, 3]
+    assert [len(pictures) for pictures in assistant.text_to_image_many(["a", "b"], options=options)] == [3, 3]
 
 
 def test_a_chat_is_wrapped_in_the_template(assistant):
     answer = assistant.chat("What is <image> this?", [random_picture(2)], SHORT)
-    raw = assistant.write("USER: What is <image> this? ASSISTANT:", [random_picture(2)], SHORT)
+    raw = assistant.write_document("USER: What is <image> this? ASSISTANT:", [random_picture(2)], SHORT)
     assert answer.token_ids == raw.token_ids
+
+
+def test_an_answer_is_a_chat_in_words(assistant):
+    options = GenerationOptions(max_new_tokens=5, pictures="forbid")
+    first = assistant.answer("What is this?", [random_picture(2)], options)
+    assert first == assistant.chat("<image>What is this?", [random_picture(2)], options).text
+    later = assistant.answer("What is <image> this?", [random_picture(2)], options)
+    assert later == assistant.chat("What is <image> this?", [random_picture(2)], options).text
+    with pytest.raises(ValueError, match="answer writes words only"):
+        assistant.answer("What?", [], SHORT)
+
+
+def test_a_picture_is_drawn_after_given_ones(assistant):
+    """The condition is that of a chat with the pictures in their places: each of them and their order counts."""
+    one, two = random_picture(3), random_picture(4)
+    drawn = {}
+    for name, request, pictures in [
+        ("edited", "Make it blue", [one]),
+        ("another", "Make it blue", [two]),
+        ("composed", "Put <image> beside <image>", [one, two]),
+        ("swapped", "Put <image> beside <image>", [two, one]),
+    ]:
+        picture = assistant.image_to_image(request, pictures, 5, QUICK)
+        text = request if "<image>" in request else "<image>" + request
+        forced = GenerationOptions(max_new_tokens=0, pictures="force", drawing=QUICK)
+        (expected,) = assistant.engine.answers(
+            [assistant.engine.processor.chat([("user", text)], pictures)], forced, [5]
+        )
+        assert picture.tobytes() == expected.pictures[0].tobytes()
+        drawn[name] = picture.tobytes()
+    assert len(set(drawn.values())) == 4
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_picture_is_drawn_after_one_or_two(assistant, count):
+    with pytest.raises(ValueError, match=f"takes one or two pictures, not {count}"):
+        assistant.image_to_image("Compose", [random_picture(i) for i in range(count)])
+
+
+def test_a_request_is_rewritten_before_it_is_drawn(assistant, monkeypatch):
+    asked = assistant.engine.processor.chat([("user", REWRITING.format(request="a seven"))])
+    wanted = assistant.engine.answer(asked, GenerationOptions(max_new_tokens=77, pictures="forbid")).text.strip()
+    assert assistant.rewritten(["a seven"]) == [wanted]
+    assert wanted not in ("", "a seven")
+    monkeypatch.setattr(assistant, "rewritten", lambda requests: [f"license {request}" for request in requests])
+    rewritten = assistant.text_to_image("work", 3, QUICK, rewrite=True)
+    assert rewritten.tobytes() == assistant.text_to_image("license work", 3, QUICK).tobytes()
+    assert rewritten.tobytes() != assistant.text_to_image("work", 3, QUICK).tobytes()
+
+
+def test_a_request_that_becomes_nothing_is_not_drawn(assistant, monkeypatch):
+    eos = assistant.engine.layout.eos
+    monkeypatch.setattr("dreamllm.inference.writing.most_likely", lambda logits, bias: [eos] * len(logits))
+    with pytest.raises(ValueError, match="rewrote 'a seven' into nothing; draw it as it is"):
+        assistant.text_to_image("a seven", rewrite=True)
+    with pytest.raises(ValueError, match="the message is empty"):
+        assistant.rewritten([" "])
 
 
 def test_a_dialogue_continues_with_the_answers_pictures(assistant):
@@ -101,14 +158,14 @@ def test_the_last_turn_must_be_the_users(assistant):
 
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_empty_prompts_are_refused(assistant, empty):
-    for call in (assistant.write, assistant.draw, assistant.chat):
+    for call in (assistant.write_document, assistant.text_to_image, assistant.chat, assistant.answer):
         with pytest.raises(ValueError, match="empty"):
             call(empty)
 
 
 def test_a_document_holds_its_own_pictures(assistant):
     with pytest.raises(ValueError, match="a Document holds its own pictures"):
-        assistant.write(Document((Text("a"),)), [random_picture(0)])
+        assistant.write_document(Document((Text("a"),)), [random_picture(0)])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +204,20 @@ def test_half_precision_draws_and_writes(folder):
     assert answer.token_ids
 
 
+def test_missing_shards_of_weights_are_named(folder, tmp_path):
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            (tmp_path / path.name).symlink_to(path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    (tmp_path / "model-2.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is incomplete; missing: model-1\.safetensors$"):
+        load(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index\.json is not an index of weights"):
+        load(tmp_path)
+
+
 # -- dreamllm generate -------------------------------------------------------------------------------------------------
 
 
@@ -165,9 +236,9 @@ def test_generate_prints_the_text_and_writes_a_page(folder, tmp_path, capsys, as
 
 def test_generate_raw_and_draw(folder, assistant, tmp_path):
     raw = command.generate("Write", folder, raw=True, max_new_tokens=4, pictures="forbid")
-    assert raw.token_ids == assistant.write("Write", options=GenerationOptions(4, pictures="forbid")).token_ids
+    assert raw.token_ids == assistant.write_document("Write", options=GenerationOptions(4, pictures="forbid")).token_ids
     drawn = command.generate("license", folder, tmp_path / "a.png", draw=True, seed=5, steps=3)
-    expected = assistant.draw("license", 5, DrawingOptions(steps=3, scheduler="ddim", guidance_scale=2.0))
+    expected = assistant.text_to_image("license", 5, DrawingOptions(steps=3, scheduler="ddim", guidance_scale=2.0))
     assert drawn.pictures[0].tobytes() == expected.tobytes() == Image.open(tmp_path / "a.png").tobytes()
 
 

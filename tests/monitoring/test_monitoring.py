@@ -113,7 +113,7 @@ def test_samples_are_the_engines_answers_to_the_same_prompts_each_time(tmp_path,
     assert [sample.prompt for sample in samples[:3]] == ["draw: a red circle", "describe: seven.png", "answer: draw"]
     model.eval()
     assistant = Assistant(Engine(model, processor))
-    drawn = assistant.draw("a red circle", seed=3)
+    drawn = assistant.text_to_image("a red circle", seed=3)
     stored = Image.open(tmp_path / samples[0].pictures[0])
     assert np.array_equal(np.asarray(stored), np.asarray(drawn))
     options = GenerationOptions(4, pictures="forbid", seed=3)

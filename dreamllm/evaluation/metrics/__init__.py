@@ -3,7 +3,7 @@
 from dreamllm.evaluation.metrics.anls import anls, edit_distance
 from dreamllm.evaluation.metrics.captions import CaptionScores, bleu, cider_d, rouge_l, tokenised
 from dreamllm.evaluation.metrics.choices import grouped_accuracy, match_numbered, match_option
-from dreamllm.evaluation.metrics.clip import ClipJudge, best_candidate, clip_score
+from dreamllm.evaluation.metrics.clip import clip_score
 from dreamllm.evaluation.metrics.frechet import (
     FeatureStatistics,
     KernelDistance,
@@ -20,7 +20,6 @@ from dreamllm.evaluation.metrics.yes_no import YesNoScores, read_yes_no, yes_no_
 
 __all__ = [
     "CaptionScores",
-    "ClipJudge",
     "FeatureStatistics",
     "FidInception",
     "KernelDistance",
@@ -28,7 +27,6 @@ __all__ = [
     "StatisticsSum",
     "YesNoScores",
     "anls",
-    "best_candidate",
     "bleu",
     "cider_d",
     "clip_score",

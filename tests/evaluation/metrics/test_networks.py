@@ -10,12 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dreamllm.evaluation.metrics import (
-    ClipJudge,
-    best_candidate,
     clip_score,
     inception_pixels,
     load_inception,
 )
+from dreamllm.inference import ClipJudge, best_candidate
 from tests.evaluation.metrics.oracles import functions_of
 from tests.evaluation.networks import random_inception, write_clip
 from tests.tiny import random_picture
