@@ -12,7 +12,7 @@ namespace {
 
 using namespace ::dreamkernels::DK_ISA;
 
-constexpr int kOutputs = 4;
+constexpr int kOutputs = 4;  // as many as sums_of_four takes
 constexpr int kRows = DK_VEC_LEVEL >= 512 ? 4 : 2;  // with the operands, what fits the registers
 
 // What one load takes, and how it is multiplied.
@@ -30,6 +30,20 @@ struct Arithmetic<BFloat16> {
   static DK_INLINE Operand load_step(const BFloat16* p) { return load_pairs(p); }
   static DK_INLINE Vec multiply_add(Operand a, Operand b, Vec c) { return dot(a, b, c); }
 };
+
+// The sums over the lanes of four vectors, in the first four lanes. With K of some hundreds, sums one by one take as long as the products.
+DK_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
+#if DK_VEC_LEVEL >= 512
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  return Vec(_mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1))));
+#else
+  float sums[Vec::width < 4 ? 4 : Vec::width] = {sum(a), sum(b), sum(c), sum(d)};
+  return load(sums, Full{});
+#endif
+}
 
 template <class E, int kTileOutputs, int kTileRows, bool kFetch>
 DK_INLINE void tile(const Product& job, int64_t output, int64_t row) {
@@ -60,17 +74,16 @@ DK_INLINE void tile(const Product& job, int64_t output, int64_t row) {
       for (int r = 0; r < kTileRows; ++r) sums[o][r] = fma(w, load(x + r * job.x_stride + k + offset, extent), sums[o][r]);
     }
   });
+  const Tail outputs{kTileOutputs};
   for (int r = 0; r < kTileRows; ++r) {
-    E* y = static_cast<E*>(job.y) + (row + r) * job.y_stride + output;
-    for (int o = 0; o < kTileOutputs; ++o) {
-      float total = sum(sums[o][r]);
-      if (job.bias) {
-        float bias[Vec::width];
-        store(bias, load(static_cast<const E*>(job.bias) + output + o, Tail{1}), Full{});
-        total += bias[0];
-      }
-      store(y + o, Vec(total), Tail{1});
+    Vec total;
+    if constexpr (kTileOutputs == 4) {
+      total = sums_of_four(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+    } else {
+      total = Vec(sum(sums[0][r]));
     }
+    if (job.bias) total = total + load(static_cast<const E*>(job.bias) + output, outputs);
+    store(static_cast<E*>(job.y) + (row + r) * job.y_stride + output, total, outputs);
   }
 }
 
