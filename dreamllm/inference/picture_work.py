@@ -79,9 +79,12 @@ class PictureWork:
             return
         if self._stream is None or self._stream.device != device:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # which makes the conditions
+        main, before = torch.cuda.current_stream(device), len(self._batches)
+        self._stream.wait_stream(main)  # which makes the conditions
         with torch.cuda.stream(self._stream):
             yield
+        if len(self._batches) > before:
+            main.wait_stream(self._stream)  # which may have made a null condition that is kept
 
     def _advance(self, running: Sequence[Request]) -> None:
         drawing = [request for request in running if request.state == "drawing"]
