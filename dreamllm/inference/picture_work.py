@@ -48,6 +48,7 @@ class PictureWork:
         self._stream: Any = None
         self._judge: tuple[str, ClipJudge] | None = None  # the latest
         self._batches: dict[DrawingOptions, _Batch] = {}
+        self._num_batches = 0  # ever begun
         self._watched: dict[int, _Watched] = {}
 
     def check(self, options: DrawingOptions) -> None:
@@ -79,11 +80,11 @@ class PictureWork:
             return
         if self._stream is None or self._stream.device != device:
             self._stream = torch.cuda.Stream(device)
-        main, before = torch.cuda.current_stream(device), len(self._batches)
+        main, before = torch.cuda.current_stream(device), self._num_batches
         self._stream.wait_stream(main)  # which makes the conditions
         with torch.cuda.stream(self._stream):
             yield
-        if len(self._batches) > before:
+        if self._num_batches > before:
             main.wait_stream(self._stream)  # which may have made a null condition that is kept
 
     def _advance(self, running: Sequence[Request]) -> None:
@@ -138,6 +139,7 @@ class PictureWork:
     def _batch_of(self, options: DrawingOptions) -> _Batch:
         if options not in self._batches:
             null = self._null_condition(options.negative_prompt) if options.guided else None
+            self._num_batches += 1
             self._batches[options] = _Batch(Denoising(self._model, null, options, self._graphs), {})
         return self._batches[options]
 
