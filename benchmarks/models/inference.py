@@ -192,7 +192,7 @@ def candidates_case(setting: Setting, prompts: int = 4, candidates: int = 8, ste
     engine = _engine(setting)
     source = SyntheticDocuments("drawing prompt", size, prompts)
     documents = [source[i] for i in range(prompts)]
-    drawing = DrawingOptions(steps=steps, guidance_scale=2.0)
+    drawing = DrawingOptions(steps=steps, guidance_scale=2.0, batch_size=prompts * candidates)
     one = GenerationOptions(max_new_tokens=0, pictures="force", drawing=drawing)
     several = replace(one, drawing=replace(drawing, candidates=candidates))
 

@@ -167,7 +167,8 @@ class Denoising:
         scaled = [picture.scheduler.scale_model_input(picture.latents, time) for picture, time in pairs]
         predicted = self._predict(torch.cat(scaled)).float()
         if loop.options.guided:
-            predicted = guide(*predicted.chunk(2), loop.options)
+            unconditional, conditional = predicted.chunk(2)
+            predicted = guide(unconditional, conditional, loop.options)
         for row, (picture, time) in enumerate(pairs):
             extra = step_arguments(loop, picture.scheduler, picture.noise)
             moved = picture.scheduler.step(predicted[row : row + 1], time, picture.latents, **extra)

@@ -281,8 +281,8 @@ class Engine:
 
     def _wanted(self, singles: int, pieces: Sequence[tuple[Request, Tensor]]) -> Tensor:
         """Positions of the pass whose states are wanted: first those that tokens are chosen by, then the queries."""
-        last, queries = list(range(singles)), []
-        end = singles
+        last, end = list(range(singles)), singles
+        queries: list[int] = []
         for request, piece in pieces:
             end += len(piece)
             if request.next_is_picture:

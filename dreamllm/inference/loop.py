@@ -143,7 +143,8 @@ def scheduler_steps(
     for step, timestep in enumerate(scheduler.timesteps.to(latents.device)):
         predicted = loop.predict(scheduler.scale_model_input(latents, timestep), loop.times[step], prepared).float()
         if loop.options.guided:
-            predicted = guide(*predicted.chunk(2), loop.options)
+            unconditional, conditional = predicted.chunk(2)
+            predicted = guide(unconditional, conditional, loop.options)
         latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
         latents = _after(on_step, step + 1, latents)
         yield latents
