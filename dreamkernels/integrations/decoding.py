@@ -306,10 +306,11 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, CachedDecoder] = weakref.WeakKeyDict
 
 
 def _sources(decoder: nn.Module, head: nn.Module | None) -> tuple:
-    """What a decoder is made of: other modules, or others that are trained, make another one."""
+    """What a decoder is made of: other modules, others that are trained, and quantised weights make another one."""
     parts = [decoder] if head is None else [decoder, head]
     modules = tuple(id(module) for part in parts for module in part.modules())
-    return modules, tuple(parameter.requires_grad for part in parts for parameter in part.parameters())
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    return modules, tuple((parameter.requires_grad, type(parameter)) for parameter in parameters)
 
 
 def _why_not(decoder: Any, layers: Sequence[nn.Module]) -> str:
