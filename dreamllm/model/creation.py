@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 def why_not_split(model: DreamLLM, batch: PackedBatch) -> str:
     """Why a batch cannot take the way of this module, or "". Read from the host's knowledge only."""
+    if not model.splits_creation:
+        return "the language model is spread over processes, which must all run it equally often"
     if model.config.loss_weight_lm:
         return f"the language loss counts (loss_weight_lm is {model.config.loss_weight_lm:g})"
     if not model.packs_attention:

@@ -121,6 +121,7 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         self.vae.requires_grad_(False)
         self.pictures_per_pass: int | None = None
         self.recompute_layers: Recompute = "none"
+        self.splits_creation = True
         self.operators: Report | None = None
         self.diffusion_operators: DiffusersReport | None = None
         self.use_fused_operators()
@@ -130,15 +131,16 @@ class DreamLLM(PreTrainedModel, GenerationMixin):
         if module is self and not getattr(self.dream_queries, "_is_hf_initialized", False):
             nn.init.normal_(self.dream_queries, std=QUERY_INIT_STD)
 
-    def use_fused_operators(self, enabled: bool = True) -> None:
+    def use_fused_operators(self, enabled: bool = True, keep_copies: bool = True) -> None:
         """Whether the model runs dreamkernels' fused operators (the default) or its libraries' own code.
 
+        `keep_copies`: UNet and VAE may keep their frozen weights in further forms, which are faster.
         `self.operators` reports what they replaced in the language model, `self.diffusion_operators` what in UNet and
         VAE; None when they are not used.
         """
         if enabled and self.operators is None:
             self.operators = optimize(self.language_model)
-            self.diffusion_operators = optimize_diffusion(self, frozen=True)
+            self.diffusion_operators = optimize_diffusion(self, frozen=keep_copies)
         elif not enabled and self.operators is not None:
             for report in (self.operators, self.diffusion_operators):
                 if report is not None:

@@ -29,6 +29,7 @@ def plan(
     precision: Precision = "bfloat16",
     network_gb_per_s: float | None = None,
     gpus_per_node: int | None = None,
+    shard_frozen_above_mib: int | None = None,
     records: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -45,6 +46,7 @@ def plan(
         precision: bfloat16 keeps parameters and moments in float32; pure_bfloat16, as the original, does not.
         network_gb_per_s: bandwidth between nodes per GPU and direction; by default 25 GB/s.
         gpus_per_node: GPUs that NVLink connects; by default 8.
+        shard_frozen_above_mib: frozen parts that take more are divided, too; as settings.shard_frozen_above_mib.
         records: profile.json that dreamllm profile wrote on such a device; its operators are taken as measured.
         json: print the figures as JSON instead of tables.
     """
@@ -53,7 +55,9 @@ def plan(
     if global_batch is None:
         per_pass = (micro_batch or model_size(size).documents_per_step) * gpus
         global_batch = -(-PAPER_GLOBAL_BATCH // per_pass) * per_pass if size == "7b" else per_pass
-    request = Request(find_stage(stage).kind, size, gpus, precision, global_batch, micro_batch, sharding)
+    request = Request(
+        find_stage(stage).kind, size, gpus, precision, global_batch, micro_batch, sharding, shard_frozen_above_mib
+    )
     console = Console()
     with quiet_transformers(), Console(stderr=True).status("planning") as status:
         made = make_plan(request, device, measured, lambda text: status.update(text))

@@ -16,6 +16,7 @@ from dreamllm.planning.records import Records
 from dreamllm.planning.sharding import Layout
 from dreamllm.profiling.recorder import GRADIENTS, HELD_COPIES, Operator
 from dreamllm.profiling.workload import Precision, PreparedStep, Recording, as_fake, prepare
+from dreamllm.training.frozen import GATHERED, large_parts
 from dreamllm.workloads import stage_config
 
 DRIVERS = {
@@ -48,15 +49,21 @@ def simulate(stage: str, size: str, precision: Precision, documents: list[Encode
     return _recorded[key]
 
 
-def layout_of(stage: str, size: str, precision: Precision) -> Layout:
-    """Trained and frozen parameters of the stage."""
+def layout_of(stage: str, size: str, precision: Precision, shard_frozen_above_mib: int | None = None) -> Layout:
+    """Trained and frozen parameters of the stage; frozen parts that take more than the threshold are spread."""
     model = _prepared(stage, size, precision).model
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layers = next((list(m) for m in model.decoder.modules() if isinstance(m, torch.nn.ModuleList)), [])
     units = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers]
     units.append(max((p.numel() for p in trained), default=0))
-    return Layout(sum(p.numel() for p in trained), frozen, max(units))
+    held = torch.float32 if precision == "float32" else torch.bfloat16
+    large = large_parts(model, shard_frozen_above_mib, held)
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in large & set(GATHERED)}
+    own = [sum(p.numel() for p in layer.parameters()) for layer in layers] if "language_model" in large else [0]
+    drawn = sum(size for name, size in sizes.items() if name != "vision_model")
+    gathered = max(2 * max(own), drawn, sizes.get("vision_model", 0))
+    return Layout(sum(p.numel() for p in trained), frozen, max(units), sum(own), sum(sizes.values()), gathered)
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

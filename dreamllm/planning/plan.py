@@ -45,7 +45,7 @@ class DoesNotFitError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. None lets the search choose."""
+    """What is asked for. None lets the search choose, except for `shard_frozen_above_mib`: as in `RunSettings`."""
 
     stage: str
     size: str
@@ -54,6 +54,7 @@ class Request:
     global_batch: int
     micro_batch: int | None = None
     sharding: Sharding | None = None
+    shard_frozen_above_mib: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpus", "global_batch", "micro_batch"):
@@ -245,7 +246,7 @@ class Planner:
     ) -> Plan:
         request, device = self.request, self.device
         accumulation = request.global_batch // request.gpus // micro_batch
-        layout = layout_of(request.stage, request.size, self._executed(sharding))
+        layout = self._layout(sharding)
         passes = [operator for operator in mean.operators if operator.part != "optimiser"]
         time = operators_time(passes, device, self.records)
         if sharding == "none":
@@ -285,6 +286,11 @@ class Planner:
         for kind, size in activation_bytes(recording, sharding != "none").items():
             memory[kind] = memory.get(kind, 0.0) + size
         return {kind: size for kind, size in memory.items() if size}
+
+    def _layout(self, sharding: Sharding) -> Layout:
+        request = self.request
+        above = None if sharding == "none" else request.shard_frozen_above_mib
+        return layout_of(request.stage, request.size, self._executed(sharding), above)
 
     def _executed(self, sharding: Sharding) -> Precision:
         """How the passes compute: with sharding, the weights are gathered in bfloat16 instead of cast."""

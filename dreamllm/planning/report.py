@@ -164,7 +164,9 @@ def assumptions(plan: Plan) -> list[str]:
         "what the allocator cannot use",
     ]
     if plan.sharding != "none":
-        lines.append("sharding is computed, not run: states divided, weights gathered in bfloat16, frozen parts whole")
+        frozen = f"{plan.layout.spread / 1e6:,.0f} of {plan.layout.frozen / 1e6:,.0f} million frozen parameters divided"
+        how = frozen if plan.layout.spread else "frozen parts whole"
+        lines.append(f"sharding is computed, not run: states divided, weights gathered in bfloat16, {how}")
     lines.append(f"communication: {plan.traffic.description}")
     if plan.request.gpus > device.gpus_per_node:
         lines.append(

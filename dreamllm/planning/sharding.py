@@ -12,16 +12,28 @@ Sharding = Literal["none", "grad_op", "full", "hybrid"]
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 """As in `RunSettings`. none: every GPU holds everything, gradients are averaged. grad_op: states are divided, the
 weights that compute are gathered once per pass and stay. full: gathered layer by layer, twice. hybrid: as full within a
-node, gradients averaged between nodes. Frozen parts are never divided, as in the original."""
+node, gradients averaged between nodes. Frozen parts are whole, as in the original, unless a threshold divides the large
+ones."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Trained and frozen parameters of a model, and the largest unit that is gathered at once."""
+    """Trained and frozen parameters of a model, and the largest unit that is gathered at once.
+
+    Of the frozen ones, `spread_layers` and `spread_parts` are divided like the trained: decoder layers, gathered one by
+    one in both passes, and parts that are gathered once per micro-batch, at most `gathered` at a time of either.
+    """
 
     trained: int
     frozen: int
     unit: int
+    spread_layers: int = 0
+    spread_parts: int = 0
+    gathered: int = 0
+
+    @property
+    def spread(self) -> int:
+        return self.spread_layers + self.spread_parts
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,9 @@ def state_bytes(
         "parameters": layout.trained * each.weight / pieces,
         "gradients": layout.trained * each.gradient / pieces,
         "optimiser": layout.trained * each.moments / pieces,
-        "gathered weights": gathered * each.working if separate else 0.0,
-        "frozen parts": layout.frozen * each.working,
+        "gathered weights": (gathered if separate else 0) * each.working
+        + (layout.gathered * each.working if pieces > 1 else 0),
+        "frozen parts": (layout.frozen - layout.spread + layout.spread / pieces) * each.working,
         # One unit's gradients wait for the reduction while the next one's are made.
         "communication buffers": 2 * min(layout.unit, layout.trained) * (each.working + each.gradient)
         if pieces > 1
@@ -104,6 +117,7 @@ def traffic(
         return Traffic(0.0, seconds, 0.0, f"all-reduce of {gradients / 1e9:.2f} GB at {wide / 1e9:.0f} GB/s")
     group = gpus if sharding != "hybrid" else inside
     bandwidth = _bandwidth(group, device)
+    frozen = (2 * layout.spread_layers + layout.spread_parts) * each.working
     gather = weights * (group - 1) / group / bandwidth
     reduce = gradients * (group - 1) / group / bandwidth
     again = 0.0 if sharding == "grad_op" else gather
@@ -118,7 +132,14 @@ def traffic(
         between = 2 * gradients / inside * (nodes - 1) / nodes / slow
         text += f", an all-reduce of {gradients / inside / 1e9:.2f} GB over {nodes} nodes at {slow / 1e9:.0f} GB/s"
     first = gather * min(1.0, layout.unit / max(1, layout.trained))
-    return Traffic(gather, again + reduce + between, first, text)
+    forward = gather
+    if frozen:
+        text += f", all-gathers of {frozen / 1e9:.2f} GB of frozen parts"
+        layers, parts = (
+            n * each.working * (group - 1) / group / bandwidth for n in (layout.spread_layers, layout.spread_parts)
+        )
+        forward, again = gather + layers + parts, again + layers
+    return Traffic(forward, again + reduce + between, first, text)
 
 
 def _bandwidth(group: int, device: Device) -> float:

@@ -162,8 +162,10 @@ class RunSettings:
         sharding: how the trained parameters, gradients and moments are spread over the processes of torchrun (FSDP2).
             "none": every process holds all; "full": spread over all, weights gathered layer by layer; "grad_op": the
             same, but weights stay gathered from forward to backward; "hybrid": spread within groups of `shard_size`.
-            Frozen parts are whole everywhere.
         shard_size: processes in a group of "hybrid"; None: those of one node.
+        shard_frozen_above_mib: frozen parts (the decoder's layers, vision model, UNet, VAE) that take more than so many
+            MiB are spread in the same way: less memory, and more traffic in every micro-batch. Stage I's creation half
+            then runs the language model with autograd throughout. None: frozen parts are whole everywhere.
         reduce_each_lane: gradients are added up over the processes after every micro-batch, not once a step: more
             traffic, but no process holds a whole gradient.
         compile_layers: the decoder's layers run through torch.compile, each by itself.
@@ -196,6 +198,7 @@ class RunSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     sharding: Sharding = "none"
     shard_size: int | None = None
+    shard_frozen_above_mib: int | None = None
     reduce_each_lane: bool = False
     compile_layers: bool = False
     fused_operators: bool = True
@@ -238,6 +241,11 @@ class RunSettings:
                 _require(getattr(self, name) >= 1, f"{name} must be at least 1", "settings", getattr(self, name))
         if self.shard_size is not None and self.sharding != "hybrid":
             raise ValueError(f"shard_size belongs to sharding 'hybrid', not to {self.sharding!r}")
+        above = self.shard_frozen_above_mib
+        if above is not None:
+            _require(above >= 0, "shard_frozen_above_mib must not be negative", "settings", above)
+            if self.sharding == "none":
+                raise ValueError("shard_frozen_above_mib belongs to a sharding, but sharding is 'none'")
         _require(self.workers >= 0, "workers must not be negative", "settings", self.workers)
         bad = self.max_bad_fraction
         _require(0 <= bad <= 1, "max_bad_fraction must be in [0, 1]", "settings", bad)
@@ -252,6 +260,7 @@ FREE_TO_CHANGE = (
     "save_in_background",
     "sharding",
     "shard_size",
+    "shard_frozen_above_mib",
     "reduce_each_lane",
 )
 """Settings that a run may be resumed with differently: they, and the number of processes, do not touch its result

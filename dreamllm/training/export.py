@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dreamllm.model import DreamLLM
-from dreamllm.model.weights import SAFETENSORS, CheckpointError
+from dreamllm.model.weights import CheckpointError
+from dreamllm.training.loading import read_tensors
 from dreamllm.training.sharding import ShardedModel, gathered
 from dreamllm.training.step import Pass
 
@@ -41,13 +40,3 @@ def save_whole(folder: Path, model: DreamLLM, trained: dict[str, Tensor], source
     if absent:
         raise CheckpointError(f"{source} lacks {', '.join(absent)}")
     whole.save_pretrained(folder)
-
-
-def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Those of `names` that the safetensors files of a model folder hold, one after the other."""
-    wanted = set(names)
-    for path in sorted(folder.glob(f"{Path(SAFETENSORS).stem}*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                if name in wanted:
-                    yield name, file.get_tensor(name)

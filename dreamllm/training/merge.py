@@ -9,8 +9,8 @@ import torch
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.model.weights import CheckpointError
 from dreamllm.training.configuration import STAGE_TRAINABLE
-from dreamllm.training.export import read_tensors
 from dreamllm.training.files import write_folder
+from dreamllm.training.loading import read_tensors
 
 
 def merge_stage1(comprehension: Path, creation: Path, out: Path) -> None:

@@ -22,6 +22,7 @@ from dreamllm.training.export import gather_trained, save_whole
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
+from dreamllm.training.loading import empty_model
 from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import quiet_transformers, say
 from dreamllm.training.sharding import ShardedModel, compile_layers, shards
@@ -115,6 +116,7 @@ class _Run:
             self.processes,
             self.observers,
             self._latents(),
+            self.source,
         )
         result = trainer.run(interrupt)
         self._finish(stage, result, trainer.through)
@@ -169,12 +171,16 @@ class _Run:
 
 
 def _load(folder: Path, settings: RunSettings, sharded: bool) -> tuple[DreamLLM, DreamLLMProcessor]:
+    """The model to train, and its processor; one that will be sharded comes without contents."""
     dtype = torch.bfloat16 if settings.precision == "pure_bfloat16" else torch.float32
+    processor = DreamLLMProcessor.from_pretrained(folder)
+    if sharded:
+        return empty_model(folder, dtype), processor
     model: Any = DreamLLM.from_pretrained(folder, dtype=dtype)
     model.use_fused_operators(settings.fused_operators)
-    if settings.compile_layers and not sharded:
+    if settings.compile_layers:
         compile_layers(model)
-    return model, DreamLLMProcessor.from_pretrained(folder)
+    return model, processor
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ def stage_batches(
 
 class StageTrainer:
     """Trains `model` in place through one stage of `config`. `metrics_bytes`: size of the metrics before the stage.
+    `source`: folder of what `model` lacks, see `ShardedModel`.
 
     With several processes, or with sharding, `model` is sharded for this stage and cannot be used for another.
     """
@@ -110,6 +112,7 @@ class StageTrainer:
         processes: Processes,
         observers: Sequence[RunObserver] = (),
         latents: LatentCache | None = None,
+        source: Path | None = None,
     ) -> None:
         self.config, self.stage, self.model, self.console = config, stage, model, console
         self.settings, self.processes = config.settings, processes
@@ -124,7 +127,7 @@ class StageTrainer:
         prepare_model(model, stage)
         model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
         if sharded:
-            self.through: Pass = ShardedModel(model, stage, self.settings, processes)
+            self.through: Pass = ShardedModel(model, stage, self.settings, processes, source)
         else:
             self.through = Pass(model, stage, self._autocast())
         self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], stage)

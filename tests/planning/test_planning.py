@@ -89,6 +89,22 @@ def test_seven_billion_parameters_need_the_known_memory():
     assert held["optimiser"] == pytest.approx(8 * 6.747e9 / 128, rel=1e-3)
 
 
+def test_large_frozen_parts_are_divided_when_a_threshold_says_so():
+    """In stage I the 6.476 billion parameters of the decoder's layers are frozen, and the UNet's 866 million."""
+    whole = layout_of("stage1", "7b", "pure_bfloat16")
+    layout = layout_of("stage1", "7b", "pure_bfloat16", shard_frozen_above_mib=1024)
+    assert (layout.trained, layout.frozen, whole.spread) == (whole.trained, whole.frozen, 0)
+    assert layout.spread_layers == 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert round(layout.spread_parts / 1e6) == 866
+    assert layout.gathered == layout.spread_parts  # CLIP and VAE are smaller than the threshold
+    held = [state_bytes(each, "full", "bfloat16", 8, 8)["frozen parts"] for each in (whole, layout)]
+    assert held[0] - held[1] == 2 * layout.spread * 7 / 8
+    sent = [traffic(each, "full", "bfloat16", 8, A800, 1) for each in (whole, layout)]
+    share = 2 * 7 / 8 / (200e9 * 0.8)
+    assert sent[1].forward - sent[0].forward == pytest.approx(layout.spread * share)
+    assert sent[1].backward - sent[0].backward == pytest.approx(layout.spread_layers * share)
+
+
 def test_a_step_of_the_7b_costs_the_published_operations():
     """Three forward passes' worth in the layers and the head, frozen parts as published.
 

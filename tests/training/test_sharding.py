@@ -56,6 +56,7 @@ def assert_same_curve(out: Path, reference: Path) -> None:
         (2, {"sharding": "full"}),
         (2, {"sharding": "none"}),
         (4, {"sharding": "hybrid", "shard_size": 2, "recompute_layers": "full"}),
+        (2, {"sharding": "full", "shard_frozen_above_mib": 0}),
         pytest.param(1, {"sharding": "full"}, marks=pytest.mark.slow),
         pytest.param(1, {"sharding": "grad_op"}, marks=pytest.mark.slow),
         pytest.param(2, {"sharding": "grad_op"}, marks=pytest.mark.slow),
@@ -63,6 +64,12 @@ def assert_same_curve(out: Path, reference: Path) -> None:
         pytest.param(2, {"sharding": "full", "reduce_each_lane": True}, marks=pytest.mark.slow),
         pytest.param(2, {"sharding": "full", "save_in_background": False}, marks=pytest.mark.slow),
         pytest.param(2, {"sharding": "full", "fused_operators": False}, marks=pytest.mark.slow),
+        pytest.param(1, {"sharding": "full", "shard_frozen_above_mib": 0}, marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            {"sharding": "hybrid", "shard_size": 2, "shard_frozen_above_mib": 0, "recompute_layers": "selective"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(4, {"sharding": "none"}, marks=pytest.mark.slow),
         pytest.param(4, {"sharding": "full"}, marks=pytest.mark.slow),
         pytest.param(4, {"sharding": "grad_op", "reduce_each_lane": True}, marks=pytest.mark.slow),
@@ -83,7 +90,8 @@ def test_packs_of_a_number_of_tokens_are_the_same_in_all_processes(root, tmp_pat
 
 def test_samples_of_a_sharded_model_are_those_of_a_whole_one_and_change_nothing(root, alone, tmp_path):
     shared_runs.watched(root, tmp_path / "whole", {})
-    run_in(2, shared_runs.watched, root, tmp_path / "out", {"sharding": "full"}, logs=tmp_path / "logs")
+    settings = {"sharding": "full", "shard_frozen_above_mib": 0}
+    run_in(2, shared_runs.watched, root, tmp_path / "out", settings, logs=tmp_path / "logs")
     assert_same_curve(tmp_path / "out", alone)
     found, expected = read_samples(tmp_path / "out"), read_samples(tmp_path / "whole")
     assert len(found) == len(expected) == 12

@@ -152,7 +152,8 @@ def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> N
     each = max(1, round(run.documents_per_pass))
     sharding = "none" if run.gpus == 1 else run.settings.sharding
     documents = each * run.config.micro_batches
-    request = Request(run.config.kind, SIZE, run.gpus, run.settings.precision, documents, each, sharding)
+    above = run.settings.shard_frozen_above_mib
+    request = Request(run.config.kind, SIZE, run.gpus, run.settings.precision, documents, each, sharding, above)
     try:
         plan = make_plan(request, find_device(run.gpu, None))
     except DoesNotFitError as error:
