@@ -29,6 +29,7 @@ from dreamllm.training import (
     StageConfig,
     claim_folder,
     make_folder,
+    processes,
 )
 from dreamllm.training import (
     run as run_stages,
@@ -98,6 +99,7 @@ def run(
     seed: int = 42,
     components: Path | None = None,
     scale: float = 1.0,
+    micro_batches: int | None = None,
     settings: RunSettings = DEFAULTS,
 ) -> Path:
     """Trains all stages on your own pictures with captions, with components that are given or made on the spot.
@@ -105,6 +107,7 @@ def run(
     Without `components` small ones are trained on the same pairs first: tokenizer and LLaMA on the captions, CLIP
     vision model, and a UNet on 16-pixel pictures. Then stage I (both halves), stage II (pairs in both directions) and
     stage III (instructions made from the captions). What is complete in `out` is kept, so the same call resumes.
+    Started by torchrun, the main process prepares and all share the training; `out` must be a folder that all see.
     Returns the model's folder, `out/model`.
 
     Args:
@@ -113,35 +116,43 @@ def run(
         seed: everything random follows from it.
         components: folder with subfolders llm, clip and diffusion to start from.
         scale: multiplies all numbers of steps.
+        micro_batches: passes that share a step, over all processes; by default one for each process.
         settings: how the run proceeds on this machine.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
-    console = Console()
-    source = open_pairs(data)
-    make_folder(out)
-    arguments = {
-        "recipe": "small",
-        "data": str(Path(data).absolute()),
-        "pairs": len(source),
-        "components": None if components is None else str(Path(components).absolute()),
-        "seed": seed,
-        "scale": scale,
-    }
-    claim_folder(out / "recipe.json", arguments, say=lambda text: say(console, text))
     plan = OWN_COMPONENTS if components is None else GIVEN_COMPONENTS
-    with quiet_transformers():
-        if components is None:
-            components = make_components(out / "components", source, seed, scale, console)
-        start = write_start(out / "start", Path(components), plan.assemble, seed)
-    return run_stages(RunConfig(start, stages(source, plan, seed, scale), out, seed, settings), console)
+    with processes(settings.device, grouped=settings.sharding != "none") as these:
+        lanes = micro_batches or these.world
+        these.lanes(lanes)
+
+        def prepare() -> Path:
+            console, source = Console(), open_pairs(data)
+            make_folder(out)
+            arguments = {
+                "recipe": "small",
+                "data": str(Path(data).absolute()),
+                "pairs": len(source),
+                "components": None if components is None else str(Path(components).absolute()),
+                "seed": seed,
+                "scale": scale,
+                "micro_batches": lanes,
+            }
+            claim_folder(out / "recipe.json", arguments, say=lambda text: say(console, text))
+            with quiet_transformers():
+                parts = components or make_components(out / "components", source, seed, scale, console)
+                return write_start(out / "start", Path(parts), plan.assemble, seed)
+
+        start = these.prepare(prepare)
+        return run_stages(RunConfig(start, stages(open_pairs(data), plan, seed, scale, lanes), out, seed, settings))
 
 
-def stages(source: PairSource, plan: Plan, seed: int, scale: float) -> tuple[StageConfig, ...]:
+def stages(source: PairSource, plan: Plan, seed: int, scale: float, micro_batches: int) -> tuple[StageConfig, ...]:
     """The three stages over `source`."""
     pairs = (Part(Pairs(source, "both", derive_seed(seed, "pairs"))),)
     orders = (Part(CaptionInstructions(source, plan.template, QUESTIONS, REQUESTS, derive_seed(seed, "instructions"))),)
     common: dict[str, Any] = {"documents_per_step": 16, "warmup_ratio": 0.03, "condition_dropout": 0.1}
+    common["micro_batches"] = micro_batches
     first, second, third = plan.rates
     return (
         StageConfig("stage1", "stage1", pairs, steps=_scaled(300, scale), learning_rate=first, **common),

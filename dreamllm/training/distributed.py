@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ T = TypeVar("T")
 _FAILURE = "dreamllm/failure"
 _PATIENCE_SECONDS = 3.0
 """How long a process whose communication broke waits for another one to say why."""
+
+_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Processes:
     store: dist.Store | None = None
     group: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
+    _prepared: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
@@ -98,6 +101,30 @@ class Processes:
         if not outcome[1]:
             raise PeerFailed
         return outcome[0]
+
+    def prepare(self, work: Callable[[], T]) -> T:
+        """As `on_main`, for work of any length: the others ask for its end instead of waiting in a collective, which
+        would give up after half an hour."""
+        if self.world == 1 or self.store is None:
+            return work()
+        self._prepared.append(f"dreamllm/prepared/{len(self._prepared)}")
+        key = self._prepared[-1]
+        outcome: Any = None
+        if self.main:
+            try:
+                outcome = work()
+            except BaseException:
+                self.store.set(key, "failed")
+                raise
+            self.store.set(key, "done")
+        else:
+            while not self.store.check([key]):
+                if self.store.check([_FAILURE]):
+                    raise PeerFailed
+                time.sleep(_PAUSE_SECONDS)
+            if self.store.get(key) != b"done":
+                raise PeerFailed
+        return self.on_main(lambda: outcome)
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.recipes import RECIPES
@@ -18,6 +19,8 @@ from dreamllm.recipes.components import WordTable, train_tokenizer
 from dreamllm.training import ConfigurationChangedError, RunSettings, read_metrics
 from tests.data.pictures import write_tar
 from tests.tiny import write_components
+from tests.training.ranks import run_in
+from tests.training.ranks import start as start_ranks
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square", "triangle")
 train_small = RECIPES["small"].run
@@ -137,3 +140,34 @@ def test_word_numbers_leave_room_for_padding_and_unknown_words():
     assert rows[1].tolist() == [1, 0]
     assert rows[2].tolist() == [1, 0]
     assert math.prod(words.rows(["a"] * 4).shape) == 4
+
+
+def test_small_is_prepared_once_and_trained_by_two_processes(tmp_path):
+    data = write_shapes(tmp_path / "data", "folder")
+    options = {"scale": 0.01, "settings": SETTINGS, "micro_batches": 2}
+    train_small(tmp_path / "alone", data, **options)
+    ended = run_in(2, train_small, tmp_path / "out", data, 42, None, 0.01, None, SETTINGS, logs=tmp_path / "logs")
+    assert "making small components from 40 captioned pictures" in ended[0].text
+    assert ended[1].text == ""
+    start, expected = (load_file(tmp_path / f"{name}/start/model.safetensors") for name in ("out", "alone"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())
+    lines, others = read_metrics(tmp_path / "out"), read_metrics(tmp_path / "alone")
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in others], rel=1e-5)
+
+
+def test_an_error_in_preparing_ends_all_processes_and_is_said_once(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"not a picture")
+    (tmp_path / "x.txt").write_text("caption")
+    ended = start_ranks(2, train_small, tmp_path / "out", tmp_path, logs=tmp_path / "logs")()
+    assert [end.code for end in ended] == [1, 1]
+    assert "ValueError: none of the 1 pairs" in ended[0].text
+    assert "Error" not in ended[1].text
+
+
+@pytest.mark.slow
+def test_digits_are_prepared_and_evaluated_once_by_two_processes(tmp_path):
+    settings = RunSettings(num_threads=1, device="cpu", sharding="full")
+    ended = run_in(2, RECIPES["digits"].run, tmp_path / "out", 42, 0.01, None, settings, logs=tmp_path / "logs")
+    assert (tmp_path / "out/report.html").is_file()
+    assert ended[0].text.count("minutes on") == 1
+    assert ended[1].text == ""

@@ -20,7 +20,7 @@ from dreamllm.model import AssembleOptions
 from dreamllm.recipes.components import write_start
 from dreamllm.recipes.digits import documents
 from dreamllm.recipes.digits.components import ComponentConfig, pretrain_components
-from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder
+from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder, processes
 from dreamllm.training import run as run_stages
 from dreamllm.training.progress import quiet_transformers, say
 
@@ -54,6 +54,7 @@ def run(
     out: Path,
     seed: int = 42,
     scale: float = 1.0,
+    micro_batches: int | None = None,
     settings: RunSettings = SETTINGS,
 ) -> Path:
     """Trains a small DreamLLM on scanned digits, evaluates it and writes a report: minutes on a CPU.
@@ -61,39 +62,55 @@ def run(
     Components (language model, vision encoder, picture decoder) are made first in `out/components`; stages I to III
     train exactly the parameters of the stage table; then captions, drawing and counting are measured on the 297 scans
     never seen, and `out/report.html` shows everything. What is complete in `out` is kept, so the same call resumes.
-    Returns the model's folder, `out/model`.
+    Started by torchrun, the main process prepares and evaluates and all share the training; `out` must be a folder
+    that all see. Returns the model's folder, `out/model`.
 
     Args:
         out: folder of the run; the trained model will be in its subfolder model.
         seed: everything random follows from it.
         scale: multiplies all numbers of steps.
+        micro_batches: passes that share a step, over all processes; by default one for each process.
         settings: how the run proceeds on this machine.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
-    console = Console()
     started = time.perf_counter()
-    make_folder(out)
     config, components = DigitsConfig(), ComponentConfig(seed=seed, scale=scale)
-    arguments = {"recipe": "digits", "seed": seed, "scale": scale, **asdict(config), "components": asdict(components)}
-    claim_folder(out / "recipe.json", arguments, say=lambda text: say(console, text))
     train, unseen = load_scans()
-    with quiet_transformers():
-        say(console, "components: a language model, a vision encoder and a picture decoder, each on its own")
-        pretrain_components(out / "components", components, console)
-        options = AssembleOptions(
-            num_dream_queries=config.num_dream_queries, template="plain", config={"drawing": DRAWING}
-        )
-        start = write_start(out / "start", out / "components", options, seed)
-    say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
-    model = run_stages(RunConfig(start, stages(train, config, seed, scale), out, seed, settings), console)
-    evaluation = evaluate(model, train, unseen, out, console)
-    report = write_report(out)
-    _summarise(evaluation, report, model, time.perf_counter() - started, console)
+    with processes(settings.device, grouped=settings.sharding != "none") as these:
+        lanes = micro_batches or these.world
+        these.lanes(lanes)
+        console = Console(quiet=not these.main)
+
+        def prepare() -> Path:
+            make_folder(out)
+            arguments = {"recipe": "digits", "seed": seed, "scale": scale, "micro_batches": lanes, **asdict(config)}
+            arguments["components"] = asdict(components)
+            claim_folder(out / "recipe.json", arguments, say=lambda text: say(console, text))
+            with quiet_transformers():
+                say(console, "components: a language model, a vision encoder and a picture decoder, each on its own")
+                pretrain_components(out / "components", components, console)
+                options = AssembleOptions(
+                    num_dream_queries=config.num_dream_queries, template="plain", config={"drawing": DRAWING}
+                )
+                return write_start(out / "start", out / "components", options, seed)
+
+        start = these.prepare(prepare)
+        say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
+        model = run_stages(RunConfig(start, stages(train, config, seed, scale, lanes), out, seed, settings), console)
+
+        def judge() -> None:
+            evaluation = evaluate(model, train, unseen, out, console)
+            report = write_report(out)
+            _summarise(evaluation, report, model, time.perf_counter() - started, console)
+
+        these.prepare(judge)
     return model
 
 
-def stages(train: Scans, config: DigitsConfig, seed: int, scale: float) -> tuple[StageConfig, ...]:
+def stages(
+    train: Scans, config: DigitsConfig, seed: int, scale: float, micro_batches: int = 1
+) -> tuple[StageConfig, ...]:
     """The four stages; the halves of stage I run one after the other, as in the original program."""
 
     def part(make: documents.Maker, weight: float) -> Part:
@@ -105,7 +122,7 @@ def stages(train: Scans, config: DigitsConfig, seed: int, scale: float) -> tuple
 
     reading, drawing = part(documents.reading_pair, 1), part(documents.drawing_pair, 1)
     counting, instructions = part(documents.counting_document, 1), part(documents.instruction, 3)
-    common: dict[str, Any] = {"warmup_ratio": config.warmup_ratio}
+    common: dict[str, Any] = {"warmup_ratio": config.warmup_ratio, "micro_batches": micro_batches}
     return (
         StageConfig(
             "stage1-comprehension", "stage1_comprehension", (reading,), steps(config.steps_comprehension),
