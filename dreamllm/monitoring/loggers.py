@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 
-_NOT_CURVES = ("stage", "step", "steps", "seconds")
+_NOT_CURVES = ("stage", "step", "steps", "seconds", "operations")
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
@@ -57,13 +58,17 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ImportError("logging to Weights & Biases needs the package wandb: pip install wandb") from error
         identity = run / "wandb_id"
-        known = identity.read_text(encoding="utf-8").strip() if identity.is_file() else wandb.util.generate_id()
+        known = identity.read_text(encoding="utf-8").strip() if identity.is_file() else secrets.token_hex(4)
         identity.write_text(known, encoding="utf-8")
+        self._stages: set[str] = set()
         self._run = wandb.init(
             project=project, dir=str(run), id=known, resume="allow", name=run.resolve().name, config=configuration
         )
 
     def line(self, line: dict[str, Any]) -> None:
+        if line["stage"] not in self._stages:  # its curves are over its own steps
+            self._stages.add(line["stage"])
+            self._run.define_metric(f"{line['stage']}/*", step_metric=f"{line['stage']}/step")
         self._run.log({**scalars(line), f"{line['stage']}/step": line["step"]})
 
     def needs_model(self, step: int) -> bool:
