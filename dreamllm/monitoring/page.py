@@ -63,6 +63,7 @@ CURVES = (
     Curve("Learning rate", _field("lr")),
     Curve("Tokens per second", _rate("tokens")),
     Curve("Pictures created per second", _rate("pictures")),
+    Curve("Share of the devices' peak, %", _field("share_of_peak", 100.0)),
     Curve("Waiting for data, % of the time", lambda line: _share(line, "data_seconds")),
     Curve("Peak memory, GiB", _field("memory_bytes", 2.0**-30)),
 )

@@ -1,6 +1,6 @@
 """Planning: memory, time and the best setting of a training stage on given devices, without running it."""
 
-from dreamllm.planning.devices import Device, find_device, gpus
+from dreamllm.planning.devices import Device, find_device, gpus, peak_flops
 from dreamllm.planning.plan import DoesNotFitError, Plan, Request, make_plan
 from dreamllm.planning.records import Records, load_records
 from dreamllm.planning.report import assumptions, memory_table, time_table
@@ -20,5 +20,6 @@ __all__ = [
     "load_records",
     "make_plan",
     "memory_table",
+    "peak_flops",
     "time_table",
 ]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from dreamllm.planning.records import Records
+from dreamllm.training.configuration import Precision
 
 GIB = 2**30
 LAUNCH_SECONDS = 5e-6
@@ -56,6 +60,29 @@ class Device:
     @property
     def peak_flops(self) -> float:
         return self.bf16_dense_tflops * 1e12
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Operations per second of dense products that a device could do: a GPU's in bfloat16 (also for float32, in which
+    it is slower) by its data sheet, a CPU's in the precision's dtype as measured now, in a few tenths of a second. None
+    for a GPU that is not in the list."""
+    if device.type != "cuda":
+        return _measured_flops(torch.float32 if precision == "float32" else torch.bfloat16)
+    words = torch.cuda.get_device_name(device).upper().replace("-", " ").split()
+    if {"PCIE", "NVL"} & set(words):  # which have other limits under the same name
+        return None
+    return next((gpu.peak_flops for key, gpu in gpus().items() if key.upper() in words), None)
+
+
+def _measured_flops(dtype: torch.dtype, side: int = 1024, rounds: int = 4) -> float:
+    """Of the fastest of a few square products, with the threads that there are."""
+    matrix = torch.ones(side, side, dtype=dtype)
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
 
 
 @cache

@@ -16,6 +16,7 @@ from dreamllm.data import CaptionInstructions, Pairs, PairSource, Part, Permutat
 from dreamllm.documents import PLAIN, VICUNA_V1_1, ChatTemplate, PictureError, load_picture
 from dreamllm.model import AssembleOptions
 from dreamllm.model.processor import CLIPImageProcessorPil
+from dreamllm.planning import peak_flops
 from dreamllm.recipes.components import (
     Schedule,
     write_denoiser,
@@ -144,7 +145,8 @@ def run(
                 return write_start(out / "start", Path(parts), plan.assemble, seed)
 
         start = these.prepare(prepare)
-        return run_stages(RunConfig(start, stages(open_pairs(data), plan, seed, scale, lanes), out, seed, settings))
+        config = RunConfig(start, stages(open_pairs(data), plan, seed, scale, lanes), out, seed, settings)
+        return run_stages(config, peak=peak_flops)
 
 
 def stages(source: PairSource, plan: Plan, seed: int, scale: float, micro_batches: int) -> tuple[StageConfig, ...]:

@@ -4,6 +4,8 @@ from dreamllm.training.bad_batch import load_stored_batch
 from dreamllm.training.configuration import (
     STAGE_LOSS_WEIGHTS,
     STAGE_TRAINABLE,
+    EmaSettings,
+    LoraSettings,
     RunConfig,
     RunSettings,
     StageConfig,
@@ -29,6 +31,8 @@ __all__ = [
     "STAGE_LOSS_WEIGHTS",
     "STAGE_TRAINABLE",
     "ConfigurationChangedError",
+    "EmaSettings",
+    "LoraSettings",
     "NonFiniteLossError",
     "ProcessLostError",
     "Processes",

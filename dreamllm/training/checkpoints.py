@@ -1,4 +1,6 @@
-"""Checkpoints of a stage: what trains, the optimiser's moments, and a few numbers. All else follows from the seed.
+"""Checkpoints of a stage: what trains, its average if any, the optimiser's moments, and a few numbers.
+
+All else follows from the seed.
 
 <stage>/checkpoints/step-000100/*.distcp, .metadata     torch.distributed.checkpoint's, for any number of processes
                                 state.json              step, metrics position, counts, sizes of the other files
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dreamllm.training.distributed import Processes
@@ -65,14 +67,21 @@ class StageCheckpoints:
 
     # -- saving ------------------------------------------------------------
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        average: dict[str, Tensor] | None = None,
+    ) -> None:
         """Begins a checkpoint, once the one before is complete; then the oldest beyond `keep` are dropped.
 
         Raises `SaveError`, for the one before or for this one; older ones stay as they are.
         """
         self.wait()
         writer = dcp.FileSystemWriter(self._partial(step), single_file_per_rank=True, sync_files=True)
-        tensors = writer.stage(_tensors(model, optimizer))
+        tensors = writer.stage(_tensors(model, optimizer, average))
         self._saving = step, self._thread.submit(self._write, step, writer, tensors, state)
         if not self.background:
             self.wait()
@@ -131,7 +140,9 @@ class StageCheckpoints:
 
     # -- restoring ------------------------------------------------------------
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
+    ) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint, of any number of processes, and returns its state; None without one.
 
         A half-written or damaged one is passed over with a message.
@@ -140,7 +151,7 @@ class StageCheckpoints:
         for path, state in candidates:
             _allocate_moments(optimizer)
             try:
-                dcp.load(_tensors(model, optimizer), storage_reader=_Reader(path), **self._among())
+                dcp.load(_tensors(model, optimizer, average), storage_reader=_Reader(path), **self._among())
             except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
                 self.say(f"ignoring the damaged checkpoint {path}: {_cause(error)}")
                 continue
@@ -183,11 +194,12 @@ class StageCheckpoints:
             self.folder.rmdir()
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The trained parameters and their moments by name, as they are: sharded ones stay so."""
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None) -> dict[str, Any]:
+    """The trained parameters, their moments and their average by name, as they are: sharded ones stay so."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     moments = {name: dict(optimizer.state[parameter]) for name, parameter in trained.items()}
-    return {"model": {name: parameter.detach() for name, parameter in trained.items()}, "optimizer": moments}
+    own = {"model": {name: parameter.detach() for name, parameter in trained.items()}, "optimizer": moments}
+    return own if average is None else {**own, "average": dict(average)}
 
 
 def _allocate_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -38,6 +38,48 @@ STAGE_LOSS_WEIGHTS: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of low rank (Hu et al. 2021) in the decoder's layers: W x + alpha / rank * B A x, with W frozen.
+
+    Attributes:
+        rank: of the products B A.
+        alpha: their scale, divided by the rank.
+        dropout: of what the adapters read.
+        targets: the projections that get one, by their last name.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank must be at least 1", "lora", self.rank)
+        _require(self.alpha > 0, "alpha must be positive", "lora", self.alpha)
+        _require(0 <= self.dropout < 1, "dropout must be in [0, 1)", "lora", self.dropout)
+        _require(len(self.targets) > 0, "targets must name a projection", "lora", self.targets)
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """An average of the trained parameters over the steps of a stage.
+
+    Attributes:
+        decay: share of the average that stays in a step.
+        warmup: smaller at first: step t (from 1) keeps at most (1 + t) / (10 + t).
+    """
+
+    decay: float = 0.9999
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "decay must be in [0, 1)", "ema", self.decay)
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage.
 
@@ -56,6 +98,9 @@ class StageConfig:
     Losses
         `trainable`, `loss_weight_lm`, `loss_weight_vm`: None takes the stage table's. `loss_scale`, `snr_gamma`,
         `noise_offset`, `input_perturbation`, `condition_dropout`: as in `DreamLLMConfig`.
+    Adapters
+        `lora`: the decoder's layers keep their weights and adapters train in their place; all else trains as
+        `trainable` says. The stage's model has them merged; alone they are in the stage's subfolder adapter.
     Data
         `flip_targets`: mirror half of the pictures to create (the original does).
 
@@ -87,6 +132,7 @@ class StageConfig:
     input_perturbation: float = 0.0
     condition_dropout: float = 0.0
     flip_targets: bool = False
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in STAGE_TRAINABLE:
@@ -127,6 +173,8 @@ class StageConfig:
         dropout = self.condition_dropout
         _require(0 <= dropout < 1, "condition_dropout must be in [0, 1)", self.name, dropout)
         _require(self.loss_scale in ("none", "l1_norm", "l2_norm"), "unknown loss_scale", self.name, self.loss_scale)
+        if self.lora is not None and "language_model" not in self.groups:
+            raise ValueError(f"stage {self.name}: lora adapts the language_model, which is not among what trains")
         unknown = self.groups - set(PARAMETER_GROUPS)
         _require(not unknown, f"trainable groups must be among {', '.join(PARAMETER_GROUPS)}", self.name, unknown)
 
@@ -146,8 +194,9 @@ class StageConfig:
 
     def describe(self) -> dict[str, Any]:
         """All fields as JSON values; readers by what identifies them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "data"}
-        return {**values, "data": [part.describe() for part in self.data]}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "lora")}
+        lora = None if self.lora is None else asdict(self.lora)
+        return {**values, "lora": lora, "data": [part.describe() for part in self.data]}
 
 
 @dataclass(frozen=True)
@@ -186,6 +235,8 @@ class RunSettings:
         on_nonfinite: what follows when a loss or gradient is not finite: "stop" with the batch stored, or "skip" the
             step's update.
         max_consecutive_skips: steps skipped in a row after which the run stops after all.
+        ema: keeps an average of the trained parameters over the steps, in float32: in checkpoints, and at the end as a
+            model folder beside the stage's, with -ema after its name. None: none.
         keep_stage_models: keep each stage's model folder, or only the last.
         log_every: steps per line of metrics; values are means over them.
         max_bad_fraction: tolerated share of unusable samples, judged from the hundredth sample of a stage on.
@@ -214,6 +265,7 @@ class RunSettings:
     save_in_background: bool = True
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_consecutive_skips: int = 10
+    ema: EmaSettings | None = None
     keep_stage_models: bool = True
     log_every: int = 10
     max_bad_fraction: float = 0.1

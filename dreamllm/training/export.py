@@ -1,36 +1,31 @@
-"""A model folder from a model that is spread over processes."""
+"""A model folder from what was trained, which may be spread over processes, and the folder where it began."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dreamllm.model import DreamLLM
+from dreamllm.model import DreamLLM, DreamLLMConfig
 from dreamllm.model.weights import CheckpointError
 from dreamllm.training.loading import read_tensors
-from dreamllm.training.sharding import ShardedModel, gathered
-from dreamllm.training.step import Pass
+from dreamllm.training.sharding import gathered
 
 
-def gather_trained(through: Pass, main: bool) -> dict[str, Tensor] | None:
-    """The trained parameters of a sharded model, whole, in host memory of the main process; empty in the others.
-
-    None for a model that is whole anyway. All processes must call it.
-    """
-    if not isinstance(through, ShardedModel):
-        return None
-    return {name: tensor.cpu() for name, tensor in gathered(through.model) if main}
+def gather(named: Iterable[tuple[str, Tensor]], main: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors, whole, in `dtype` and in host memory of the main process; none in the others. All must call it."""
+    return {name: tensor.cpu().to(dtype or tensor.dtype) for name, tensor in gathered(named) if main}
 
 
-def save_whole(folder: Path, model: DreamLLM, trained: dict[str, Tensor], source: Path) -> None:
-    """Writes `model` as `save_pretrained` does: `trained` and, for what is frozen, the tensors of the folder `source`.
+def save_whole(folder: Path, config: DreamLLMConfig, trained: dict[str, Tensor], source: Path) -> None:
+    """Writes a model as `save_pretrained` does: `trained` and, for what is frozen, the tensors of the folder `source`.
 
     Frozen tensors may be held in a smaller dtype than they were read in, so they come from where they came from.
     """
     with torch.device("meta"):
-        whole = DreamLLM(model.config)
+        whole = DreamLLM(config)
     names = set(whole.state_dict()) - set(trained)
     dtype = next(iter(trained.values())).dtype
     tensors = {**trained, **{name: tensor.to(dtype) for name, tensor in read_tensors(source, names)}}

@@ -21,6 +21,9 @@ from dreamllm.training.loading import read_parameters, read_tensors, replace
 GATHERED = ("vision_model", "unet", "vae")
 """Frozen parts that are needed once per lane."""
 
+ADAPTED = ".base_layer."
+"""Part of the name of a weight that has an adapter; in a model folder it is a dot."""
+
 
 def large_parts(model: DreamLLM, threshold_mib: int | None, dtype: torch.dtype | None) -> set[str]:
     """The frozen parts ("language_model": the decoder's layers) that take more than `threshold_mib` MiB in `dtype`
@@ -54,7 +57,7 @@ def make_whole(model: DreamLLM, without: set[str], device: torch.device, source:
             continue
         if parameter.is_meta:
             replace(parameter, torch.empty_like(parameter, device=device))
-            absent[name] = parameter.detach()
+            absent[name.replace(ADAPTED, ".")] = parameter.detach()
         else:
             parameter.data = parameter.data.to(device)
     read_parameters(source, absent)

@@ -19,13 +19,15 @@ from dreamllm.training.errors import SaveError
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step held: sequence tokens, language targets, pictures to create, documents; samples left out for it."""
+    """What a step held: sequence tokens, language targets, pictures to create, documents; samples left out for it; the
+    operations that it needs (see `StepOperations`)."""
 
     tokens: int
     targets: int
     pictures: int
     documents: int
     bad: int = 0
+    operations: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,22 @@ class Readback:
         return records
 
 
-def interval_line(stage: str, records: list[StepRecord], since: float, memory_bytes: int) -> dict[str, Any]:
+def interval_line(
+    stage: str, records: list[StepRecord], since: float, memory_bytes: int, peak: float | None = None
+) -> dict[str, Any]:
     """One line of metrics: means over the tokens, pictures and steps of `records`.
 
     `lm_loss` and `vm_loss` are unweighted, None when nothing was there to average; `lr` and `step` are the last step's;
     `steps`, `tokens`, `pictures`, `documents` and `bad_documents` (samples left out) are sums over the interval.
     `skipped_steps` counts those that were not finite: they are in the sums, not in the means. `seconds` is the time
-    since `since`, the elapsed time at the last line.
+    since `since`, the elapsed time at the last line. `operations` are what the steps needed, `share_of_peak` their
+    share of what the devices could have done in that time: `peak` operations per second together; None: unknown.
     """
     last = records[-1]
     usable = [r for r in records if r.finite]
     targets = sum(r.counts.targets for r in usable)
     drawn = sum(r.counts.pictures for r in usable)
+    operations, seconds = sum(r.counts.operations for r in records), last.times.elapsed - since
     return {
         "stage": stage,
         "step": last.step,
@@ -133,7 +139,9 @@ def interval_line(stage: str, records: list[StepRecord], since: float, memory_by
         "pictures": sum(r.counts.pictures for r in records),
         "documents": sum(r.counts.documents for r in records),
         "bad_documents": sum(r.counts.bad for r in records),
-        "seconds": round(last.times.elapsed - since, 3),
+        "operations": operations,
+        "share_of_peak": round(operations / seconds / peak, 4) if peak and seconds > 0 else None,
+        "seconds": round(seconds, 3),
         "data_seconds": round(sum(r.times.waited for r in records), 3),
         "memory_bytes": memory_bytes,
     }

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 LINES_PER_STAGE = 5
+GAP = "  "
+REFRESHES_PER_SECOND = 2
+"""Drawing holds up Python, and with it the step."""
 
 
 def say(console: Console, message: str) -> None:
@@ -33,19 +37,20 @@ class StageProgress:
 
     def __init__(self, console: Console, name: str, steps: int, done: int) -> None:
         self.console, self.name, self.steps, self.shown = console, name, steps, done
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         if console.is_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[losses]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                expand=True,
             )
-            self._task = self._bar.add_task(name, total=steps, completed=done, losses="")
+            self._task = self._bar.add_task(name, total=steps, completed=done)
 
     def __enter__(self) -> StageProgress:
         if self._bar is not None:
@@ -61,24 +66,42 @@ class StageProgress:
             self._bar.advance(self._task)
 
     def show(self, step: int, text: str) -> None:
-        """`text` about step `step`: beside the bar, or as a line of its own each time a fifth of the way is done."""
+        """`text` about step `step`: below the bar, or as a line of its own each time a fifth of the way is done."""
         if self._bar is not None:
-            self._bar.update(self._task, losses=text)
+            self._bar.text = text
         elif step * LINES_PER_STAGE // self.steps > self.shown * LINES_PER_STAGE // self.steps:
             say(self.console, f"{self.name} step {step}/{self.steps} {text}")
         self.shown = step
 
 
+class _Bar(Progress):
+    """A bar over the width of the terminal, and below it as much of a line of text as has room."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        parts = self.text.split(GAP)
+        while len(parts) > 1 and len(GAP.join(parts)) > self.console.width:
+            parts.pop()
+        yield Text(GAP.join(parts), no_wrap=True, overflow="ellipsis")
+
+
 def describe_line(line: dict[str, Any]) -> str:
-    """Losses, speed, waiting and memory of a line of metrics:
-    `lm 1.234 vm 0.567 81.2 documents/s 5,120 tokens/s 12.0 drawn/s data 3% 1.2 GiB`."""
+    """Losses, speed, waiting and memory of a line of metrics, what matters most first:
+    `lm 1.234  vm 0.567  5,120 tok/s  12.0 drawn/s  61% of peak  data 3%  1.2 GiB  81.2 docs/s`. Without a known peak,
+    in operations per second: `1.23 TFLOP/s`."""
     losses = [f"{key.removesuffix('_loss')} {line[key]:.3f}" for key in ("lm_loss", "vm_loss") if line[key] is not None]
     seconds = max(line["seconds"], 1e-3)
-    parts = [*losses, f"{line['documents'] / seconds:.1f} documents/s", f"{line['tokens'] / seconds:,.0f} tokens/s"]
+    parts = [*losses, f"{line['tokens'] / seconds:,.0f} tok/s"]
     if line["pictures"]:
         parts.append(f"{line['pictures'] / seconds:.1f} drawn/s")
+    if line["share_of_peak"] is not None:
+        parts.append(f"{100 * line['share_of_peak']:.0f}% of peak")
+    elif line["operations"]:
+        parts.append(f"{line['operations'] / seconds / 1e12:.3g} TFLOP/s")
     parts += [f"data {100 * line['data_seconds'] / seconds:.0f}%", f"{line['memory_bytes'] / 2**30:.1f} GiB"]
-    return " ".join(parts)
+    return GAP.join([*parts, f"{line['documents'] / seconds:.1f} docs/s"])
 
 
 @contextlib.contextmanager

@@ -11,31 +11,33 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from dreamllm.data import LatentCache
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.model.codec import load_codec, vae_fingerprint
-from dreamllm.training.configuration import FREE_TO_CHANGE, RunConfig, RunSettings, StageConfig
+from dreamllm.training.configuration import FREE_TO_CHANGE, Precision, RunConfig, RunSettings, StageConfig
 from dreamllm.training.distributed import Processes, processes
 from dreamllm.training.errors import TrainingInterrupted
-from dreamllm.training.export import gather_trained, save_whole
+from dreamllm.training.export import gather, save_whole
 from dreamllm.training.files import make_folder, write_folder, write_json
 from dreamllm.training.folder import claim_folder, versions
 from dreamllm.training.interrupt import InterruptRequest
 from dreamllm.training.loading import empty_model
+from dreamllm.training.lora import merged, save_adapter
 from dreamllm.training.observers import RunObserver
 from dreamllm.training.progress import quiet_transformers, say
 from dreamllm.training.sharding import ShardedModel, compile_layers, shards
 from dreamllm.training.stage import StageResult, StageTrainer
-from dreamllm.training.step import Pass
 
-DONE, MODEL, CONFIG = "done.json", "model", "run.json"
+DONE, MODEL, CONFIG, ADAPTER = "done.json", "model", "run.json", "adapter"
 
 
 def run(
     config: RunConfig,
     console: Console | None = None,
     observers: Callable[[bool], Sequence[RunObserver]] = lambda main: (),
+    peak: Callable[[torch.device, Precision], float | None] | None = None,
 ) -> Path:
     """Trains all stages and returns the folder of the final model, `config.out / "model"`.
 
@@ -45,6 +47,9 @@ def run(
 
     `observers` makes those that watch the run, in every process, once the run's folder exists; it is told whether this
     is the process that writes.
+
+    `peak` gives the operations per second that a device could do, None when that is unknown: the operations of each
+    step are then counted, and the share of the peak that the run reaches.
 
     Started by torchrun, all processes share the work; the main one prints and writes. The run may go on with another
     number of them.
@@ -70,15 +75,27 @@ def run(
             InterruptRequest() as interrupt,
             _closing(observers(these.main)) as watching,
         ):
-            _Run(config, shown, these, watching).stages(interrupt)
+            limit = None if peak is None else these.on_main(lambda: peak(these.device, settings.precision))
+            if peak is not None and limit is None:
+                name = torch.cuda.get_device_name(these.device)
+                say(shown, f"the peak of {name} is not known: operations per second are shown, not a share of it")
+            every = None if limit is None else limit * these.world
+            _Run(config, shown, these, watching, every, peak is not None).stages(interrupt)
         say(shown, f"the model is in {config.out / MODEL}")
     return config.out / MODEL
 
 
 class _Run:
     def __init__(
-        self, config: RunConfig, console: Console, processes: Processes, observers: Sequence[RunObserver]
+        self,
+        config: RunConfig,
+        console: Console,
+        processes: Processes,
+        observers: Sequence[RunObserver],
+        peak: float | None,
+        counted: bool,
     ) -> None:
+        self.peak, self.counted = peak, counted
         self.config, self.console, self.processes, self.observers = config, console, processes, observers
         self.source = config.model
         self.metrics_bytes = 0
@@ -117,13 +134,15 @@ class _Run:
             self.observers,
             self._latents(),
             self.source,
+            self.peak,
+            self.counted,
         )
         result = trainer.run(interrupt)
-        self._finish(stage, result, trainer.through)
+        self._finish(stage, result, trainer)
         trainer.checkpoints.remove()
         self.metrics_bytes = result.metrics_bytes
-        if isinstance(trainer.through, ShardedModel):
-            self.loaded = None
+        if isinstance(trainer.through, ShardedModel) or stage.lora is not None:
+            self.loaded = None  # it is not as the next stage needs it
 
     def _latents(self) -> LatentCache | None:
         """The cache that the settings name. Raises `LatentCacheError` when it was made for another VAE or transform."""
@@ -134,7 +153,7 @@ class _Run:
         vae = vae_fingerprint(load_codec(self.config.model))  # as stored: the loaded one may have been cast
         return LatentCache(settings.latents, vae, self.loaded[1].describe_target(), settings.missing_latents)
 
-    def _finish(self, stage: StageConfig, result: StageResult, through: Pass) -> None:
+    def _finish(self, stage: StageConfig, result: StageResult, trainer: StageTrainer) -> None:
         """Writes the stage's model, then the file that says so."""
         number = self.config.stages.index(stage)
         summary: dict[str, Any] = {
@@ -144,25 +163,45 @@ class _Run:
             "data": result.problems.state_dict(),
             "versions": versions(),
         }
-        assert self.loaded is not None
-        model, processor = self.loaded
-        trained = gather_trained(through, self.processes.main)
-
-        def fill(folder: Path) -> None:
-            if trained is None:
-                model.save_pretrained(folder)
-            else:
-                save_whole(folder, model, trained, self.source)
-            processor.save_pretrained(folder)
-            write_json(folder / "training.json", {**summary, "configuration": stage.describe()})
+        main, trained = self.processes.main, [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
+        kept = {n: p.dtype for n, p in trained}
+        values = gather(trained, main)
+        averaged = None if trainer.average is None else gather(trainer.average.tensors.items(), main)
 
         def write() -> None:
-            write_folder(self._model_folder(number), fill, f"the model of {stage.name}")
+            if averaged is not None:
+                values_of = {name: tensor.to(kept[name]) for name, tensor in averaged.items()}
+                self._write_model(self._average_folder(number), stage, values_of, summary)
+            if stage.lora is not None:
+                folder, lora = self.config.out / stage.name / ADAPTER, stage.lora
+                write_folder(
+                    folder, lambda at: save_adapter(at, values, lora, self.source), f"adapters of {stage.name}"
+                )
+            self._write_model(self._model_folder(number), stage, values, summary)
             write_json(self.config.out / stage.name / DONE, summary)
             if number and not self.config.settings.keep_stage_models:
-                shutil.rmtree(self._model_folder(number - 1), ignore_errors=True)
+                for folder in (self._model_folder(number - 1), self._average_folder(number - 1)):
+                    shutil.rmtree(folder, ignore_errors=True)
 
         self.processes.on_main(write)
+
+    def _write_model(
+        self, folder: Path, stage: StageConfig, trained: dict[str, Tensor], summary: dict[str, Any]
+    ) -> None:
+        assert self.loaded is not None
+        model, processor = self.loaded
+        values = trained if stage.lora is None else merged(trained, stage.lora, self.source)
+
+        def fill(at: Path) -> None:
+            save_whole(at, model.config, values, self.source)
+            processor.save_pretrained(at)
+            write_json(at / "training.json", {**summary, "configuration": stage.describe()})
+
+        write_folder(folder, fill, f"the model of {stage.name}")
+
+    def _average_folder(self, number: int) -> Path:
+        folder = self._model_folder(number)
+        return folder.with_name(f"{folder.name}-ema")
 
     def _model_folder(self, number: int) -> Path:
         if number + 1 == len(self.config.stages):

@@ -17,7 +17,7 @@ A model may come without contents (`loading.empty_model`): then each process rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dreamllm.training.configuration import RunSettings, StageConfig
 from dreamllm.training.distributed import Processes
 from dreamllm.training.frozen import GATHERED, GatheredPart, large_parts, layers_of, make_whole
 from dreamllm.training.loading import read_parameters
+from dreamllm.training.lora import fill_adapters, is_adapter, stored_name
 from dreamllm.training.metrics import StepCounts
 from dreamllm.training.step import Pass, lane_loss
 
@@ -43,8 +44,8 @@ class ShardedModel(Pass):
     """`model`, sharded in place for `stage`; runs the lanes of this process.
 
     To be made after the model's `requires_grad` flags are set. A stage that trains other parameters needs a model that
-    was not sharded yet. `source`: the folder from which parameters on the meta device are read. Raises `ValueError`
-    when the processes do not divide into the groups asked for, and `CheckpointError`.
+    was not sharded yet. `source`: the folder from which parameters on the meta device are read; `seed`: of adapters
+    among them. Raises `ValueError` when the processes do not divide into the groups asked for, and `CheckpointError`.
     """
 
     keeps_gradients = False
@@ -56,6 +57,7 @@ class ShardedModel(Pass):
         settings: RunSettings,
         processes: Processes,
         source: Path | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.stage, self.settings, self.processes = model, stage, settings, processes
         self.mesh = make_mesh(settings, processes)
@@ -72,7 +74,7 @@ class ShardedModel(Pass):
         # The head is used by an operator, outside its module, and embeddings, queries and projectors are needed at
         # both ends of the pass: the root's weights are gathered once.
         self.root: FSDPModule = fully_shard(self.lane, reshard_after_forward=False, **common)
-        self._fill(source)
+        self._fill(source, seed)
         for parameter in model.parameters():
             parameter.grad = None
         self.units = [module for module in self.lane.modules() if isinstance(module, FSDPModule)]
@@ -105,13 +107,14 @@ class ShardedModel(Pass):
         mesh = self.mesh["shard"]
         return [GatheredPart(model, name, mesh, device, source) for name in GATHERED if name in parts]
 
-    def _fill(self, source: Path | None) -> None:
-        """Gives the spread parameters memory, each process its part, and reads them."""
+    def _fill(self, source: Path | None, seed: int) -> None:
+        """Gives the spread parameters memory, each process its part, and reads or draws them."""
         absent = {name for name, parameter in self.model.named_parameters() if parameter.is_meta}
         device = self.processes.device
         self.lane._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-        named = dict(self.model.named_parameters())
-        read_parameters(source, {name: named[name].detach() for name in absent})
+        named = {name: p.detach() for name, p in self.model.named_parameters() if name in absent}
+        read_parameters(source, {stored_name(name): p for name, p in named.items() if not is_adapter(name)})
+        fill_adapters(named.items(), seed)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -248,9 +251,8 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The trained parameters by name, each whole, one after the other. All processes must go through all of them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = parameter.detach()
-            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+def gathered(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each whole, one after the other. All processes must go through all of them."""
+    for name, tensor in named:
+        value = tensor.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value

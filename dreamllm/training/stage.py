@@ -25,12 +25,14 @@ from dreamllm.data import (
     load_steps,
 )
 from dreamllm.model import DreamLLM, DreamLLMProcessor
+from dreamllm.training.averaging import Average
 from dreamllm.training.bad_batch import store_batches
 from dreamllm.training.checkpoints import StageCheckpoints
 from dreamllm.training.configuration import RunConfig, StageConfig, learning_rate
 from dreamllm.training.distributed import PendingSum, Processes
 from dreamllm.training.errors import NonFiniteLossError, SaveError, TrainingInterrupted
 from dreamllm.training.interrupt import InterruptRequest
+from dreamllm.training.lora import add_adapters
 from dreamllm.training.metrics import (
     MetricsFile,
     Readback,
@@ -43,6 +45,7 @@ from dreamllm.training.metrics import (
     record_to_json,
 )
 from dreamllm.training.observers import RunObserver
+from dreamllm.training.operations import StepOperations
 from dreamllm.training.progress import StageProgress, describe_line, say
 from dreamllm.training.sharding import ShardedModel, shards
 from dreamllm.training.step import Pass, count, make_optimizer, prepare_model, run_step, unreached
@@ -96,7 +99,8 @@ def stage_batches(
 
 class StageTrainer:
     """Trains `model` in place through one stage of `config`. `metrics_bytes`: size of the metrics before the stage.
-    `source`: folder of what `model` lacks, see `ShardedModel`.
+    `source`: folder of what `model` lacks, see `ShardedModel`. `peak`: operations per second of all devices together;
+    `counted`: operations are counted, whether or not their peak is known.
 
     With several processes, or with sharding, `model` is sharded for this stage and cannot be used for another.
     """
@@ -113,6 +117,8 @@ class StageTrainer:
         observers: Sequence[RunObserver] = (),
         latents: LatentCache | None = None,
         source: Path | None = None,
+        peak: float | None = None,
+        counted: bool = False,
     ) -> None:
         self.config, self.stage, self.model, self.console = config, stage, model, console
         self.settings, self.processes = config.settings, processes
@@ -124,13 +130,19 @@ class StageTrainer:
         sharded = shards(self.settings, processes)
         if not sharded:
             model.to(self.device)  # a sharded one goes there layer by layer
+        seed = derive_seed(config.seed, stage.name, "lora")
+        if stage.lora is not None:
+            add_adapters(model, stage.lora, seed)
         prepare_model(model, stage)
+        self.operations, self.peak = StepOperations(model, stage.weights[0]) if counted else None, peak
         model.use_less_memory(self.settings.recompute_layers, self.settings.pictures_per_pass)
         if sharded:
-            self.through: Pass = ShardedModel(model, stage, self.settings, processes, source)
+            self.through: Pass = ShardedModel(model, stage, self.settings, processes, source, seed)
         else:
             self.through = Pass(model, stage, self._autocast())
-        self.optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], stage)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(list(trained.values()), stage)
+        self.average = None if self.settings.ema is None else Average(trained, self.settings.ema)
         self.checkpoints = StageCheckpoints(
             self.folder,
             self.settings.keep_checkpoints,
@@ -208,7 +220,8 @@ class StageTrainer:
                 held = count([lane.batch for lane in lanes])
                 bad = sum(not (problem.kept or problem.filtered) for lane in lanes for problem in lane.problems)
                 targets = held.targets if self.stage.weights[0] else 0  # else the language loss is not computed
-                counts = (held.tokens, targets, held.pictures, held.documents, bad)
+                operations = sum(self.operations.of(lane.batch) for lane in lanes) if self.operations else 0
+                counts = (held.tokens, targets, held.pictures, held.documents, bad, operations)
                 step = _Step(lanes, self.processes.sum((*counts, interrupt.requested)))
                 if self.processes.world == 1:
                     yield step
@@ -234,6 +247,8 @@ class StageTrainer:
         skip = self.settings.on_nonfinite == "skip"
         losses = run_step(self.through, self.optimizer, batches, generators, counts, skip)
         self.done += 1
+        if self.average is not None:
+            self.average.update(self.done)
         plans = [lane.plan for lane in step.lanes]
         self.loader, self.plans[self.done] = self.loader.after(plans), plans
         self.elapsed = time.monotonic() - self.clock
@@ -260,7 +275,7 @@ class StageTrainer:
                 self._write_line(progress)
 
     def _write_line(self, progress: StageProgress) -> None:
-        line = interval_line(self.stage.name, self.interval, self.line_elapsed, peak_memory(self.device))
+        line = interval_line(self.stage.name, self.interval, self.line_elapsed, peak_memory(self.device), self.peak)
         if self.processes.main:
             self.metrics.append(line)
             for observer in self.observers:
@@ -302,7 +317,7 @@ class StageTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        state = self.checkpoints.restore(self.model, self.optimizer)
+        state = self.checkpoints.restore(self.model, self.optimizer, self._averaged())
         if state is not None:
             self.done = state["step"]
             self.metrics_bytes = state["metrics_bytes"]
@@ -327,7 +342,10 @@ class StageTrainer:
             "skipped": self.skipped,
             "loader": LoaderState.merge(self.processes.gather(self.loader)).to_json(),
         }
-        self.checkpoints.save(self.done, self.model, self.optimizer, state)
+        self.checkpoints.save(self.done, self.model, self.optimizer, state, self._averaged())
+
+    def _averaged(self) -> dict[str, torch.Tensor] | None:
+        return None if self.average is None else self.average.tensors
 
     def _all_problems(self) -> ProblemLog:
         """Those of all processes."""

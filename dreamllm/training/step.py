@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from dreamllm.documents import PackedBatch
 from dreamllm.model import DreamLLM
 from dreamllm.training.configuration import StageConfig
+from dreamllm.training.lora import train_adapters_only
 from dreamllm.training.metrics import StepCounts
 
 _FROZEN_ALWAYS = ("vision_model", "unet", "vae")
@@ -23,6 +24,8 @@ def prepare_model(model: DreamLLM, stage: StageConfig) -> list[nn.Parameter]:
     Their gradients exist from the start, as zeros, so that an optimiser can make its state.
     """
     model.set_trainable(stage.groups)
+    if stage.lora is not None:
+        train_adapters_only(model)
     model.train()
     for part in _FROZEN_ALWAYS:
         getattr(model, part).eval()

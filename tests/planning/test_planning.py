@@ -7,11 +7,23 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from dreamllm.cli import main
-from dreamllm.planning import DoesNotFitError, Plan, Records, Request, find_device, gpus, load_records, make_plan
-from dreamllm.planning.batches import draw_batches, load_of
+from dreamllm.model import DreamLLM
+from dreamllm.planning import (
+    DoesNotFitError,
+    Plan,
+    Records,
+    Request,
+    find_device,
+    gpus,
+    load_records,
+    make_plan,
+    peak_flops,
+)
+from dreamllm.planning.batches import draw_batches, load_of, pack
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
 from dreamllm.planning.estimate import layout_of, operators_time, simulate
 from dreamllm.planning.plan import Planner
@@ -20,6 +32,9 @@ from dreamllm.planning.report import show
 from dreamllm.planning.sharding import SHARDINGS, Layout, state_bytes, traffic
 from dreamllm.profiling import profile_workload
 from dreamllm.profiling.recorder import Operator
+from dreamllm.training.operations import StepOperations
+from dreamllm.training.step import prepare_model
+from dreamllm.workloads import model_config, stage_config
 
 A800 = find_device("a800", None)
 
@@ -130,6 +145,35 @@ def test_a_step_of_the_7b_costs_the_published_operations():
     assert flops("UNet", "forward") == pytest.approx(0.803e12 * load.pictures, rel=1e-2)
     assert flops("VAE", "forward") == pytest.approx(1.12e12 * load.pictures, rel=2e-2)
     assert flops("CLIP", "forward") == pytest.approx(0.155e12 * load.images * 24 / 23, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size"), [("stage1_creation", "7b"), ("stage1", "tiny"), ("stage1_comprehension", "tiny")]
+)
+def test_the_operations_that_a_run_counts_are_those_recorded(stage, size):
+    """Where nothing is computed twice. A run does not count attention's scores again in its backward pass."""
+    documents = draw_batches(stage, size, 2).typical
+    config = stage_config(stage, size)
+    with torch.device("meta"):
+        model = DreamLLM(model_config(size))
+    prepare_model(model, config)
+    counted = StepOperations(model, config.weights[0]).of(pack(documents, size))
+    recorded = simulate(stage, size, "pure_bfloat16", documents).flops
+    assert 0.97 * recorded < counted <= recorded
+
+
+def test_the_peak_of_a_gpu_is_taken_by_its_name(monkeypatch):
+    names = {
+        "NVIDIA A800-SXM4-80GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": None,
+        "Tesla T4": None,
+    }
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = peak_flops(torch.device("cuda"), "bfloat16")
+        assert found == (peak and pytest.approx(peak, rel=1e-3))
+    assert peak_flops(torch.device("cpu"), "float32") > 1e8
 
 
 def test_the_largest_batch_decides_the_memory():

@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics without what the clock and the machine decide."""
-    machine = ("seconds", "data_seconds", "memory_bytes")
+    machine = ("seconds", "data_seconds", "memory_bytes", "share_of_peak")
     return [{key: value for key, value in line.items() if key not in machine} for line in read_metrics(out)]
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from dreamllm.data import Pairs, Part, Reader, open_pairs
 from dreamllm.model import DreamLLM
 from dreamllm.monitoring import LogSettings, SampleSettings, watching
-from dreamllm.training import RunConfig, StageConfig, run
+from dreamllm.training import EmaSettings, LoraSettings, RunConfig, StageConfig, run
 from tests.training.runs import SETTINGS, Hooked
 
 STEPS = 6
@@ -48,6 +48,15 @@ def watched(root: Path, out: Path, settings: dict[str, Any]) -> None:
     """Samples are taken from the model on the way."""
     samples = SampleSettings(every=3, draw=["a picture"], chat=["hello"], max_new_tokens=3)
     run(config(root, out, **settings), Console(width=200), watching(out, samples, LogSettings(), {}))
+
+
+def adapted(root: Path, out: Path, settings: dict[str, Any], samples: bool = False) -> None:
+    """Stages II and III train adapters of rank 2 in the place of the layers, and an average is kept."""
+    made = config(root, out, ema=EmaSettings(0.5), **settings)
+    lora = LoraSettings(rank=2, alpha=4.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
+    stages = tuple(replace(stage, lora=lora, learning_rate=1e-2) for stage in made.stages[1:])
+    watch = watching(out, SampleSettings(every=3, chat=["hello"], max_new_tokens=3), LogSettings(), {})
+    run(replace(made, stages=stages), Console(width=200), watch if samples else lambda main: ())
 
 
 def _rank() -> int:

@@ -51,9 +51,8 @@ def test_loading_takes_no_more_memory_than_what_a_process_keeps(root, tmp_path):
         out.mkdir()
         run_in(2, loads.memory, folder, out, {"sharding": "full"}, plainly, logs=tmp_path / f"logs-{plainly}")
         taken[plainly] = max(int((out / f"{rank}").read_text()) for rank in range(2)) / 1e6
-    largest = 4 * 256 * 4096 / 1e6  # a projection's
     assert megabytes < taken[True]
-    assert taken[False] < megabytes / 2 + 2 * largest
+    assert taken[False] < 0.7 * megabytes  # its half, one tensor after the other, and Python's objects
 
 
 def write_larger(root: Path, folder: Path) -> tuple[Path, float]:

@@ -17,6 +17,7 @@ from dreamllm.evaluation.digits_scans import Scans, load_scans
 from dreamllm.evaluation.report import EVALUATION_FOLDER, write_report
 from dreamllm.inference import load
 from dreamllm.model import AssembleOptions
+from dreamllm.planning import peak_flops
 from dreamllm.recipes.components import write_start
 from dreamllm.recipes.digits import documents
 from dreamllm.recipes.digits.components import ComponentConfig, pretrain_components
@@ -97,7 +98,8 @@ def run(
 
         start = these.prepare(prepare)
         say(console, "stages I to III: the components stay as they are, except the language model from stage II on")
-        model = run_stages(RunConfig(start, stages(train, config, seed, scale, lanes), out, seed, settings), console)
+        run_config = RunConfig(start, stages(train, config, seed, scale, lanes), out, seed, settings)
+        model = run_stages(run_config, console, peak=peak_flops)
 
         def judge() -> None:
             evaluation = evaluate(model, train, unseen, out, console)

@@ -26,6 +26,7 @@ from dreamllm.planning import (
 from dreamllm.recipes.paper.datasets import DATASETS, DataSettings
 from dreamllm.recipes.paper.stages import PAPER_GPUS, PaperStage, Variant
 from dreamllm.training import RunSettings, StageConfig
+from dreamllm.training.lora import add_adapters
 from dreamllm.training.progress import plain_table, quiet_transformers, say
 from dreamllm.workloads import model_config
 
@@ -101,11 +102,17 @@ def _data(run: DryRun) -> Table:
 def _parameters(run: DryRun, config: DreamLLMConfig) -> Table:
     table = plain_table(("parameters", "left"), ("million", "right"), ("", "left"))
     with torch.device("meta"):
-        groups = DreamLLM(config).parameter_groups()
-    counts = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
-    for name, count in counts.items():
-        table.add_row(name, f"{count / 1e6:,.2f}", "trained" if name in run.config.groups else "frozen")
-    trained = sum(count for name, count in counts.items() if name in run.config.groups)
+        model = DreamLLM(config)
+    counts = {name: sum(p.numel() for p in parameters) for name, parameters in model.parameter_groups().items()}
+    trains = {name: count for name, count in counts.items() if name in run.config.groups}
+    if run.config.lora is not None:
+        del trains["language_model"]
+        before = counts["language_model"]
+        add_adapters(model, run.config.lora, seed=0)
+        trains["adapters"] = sum(p.numel() for p in model.parameter_groups()["language_model"]) - before
+    for name, count in (counts | trains).items():
+        table.add_row(name, f"{count / 1e6:,.2f}", "trained" if name in trains else "frozen")
+    counts, trained = counts | trains, sum(trains.values())
     table.add_section()
     table.add_row("in all", f"{sum(counts.values()) / 1e6:,.2f}", f"{trained / 1e6:,.2f} trained")
     return table
@@ -146,6 +153,9 @@ def _changed(settings: RunSettings) -> Table:
 
 def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> None:
     """By the planner, which knows the paper's size on its mixture."""
+    if run.config.lora is not None:
+        say(console, "memory and time: the planner does not know adapters; measure with a short run")
+        return
     if _shape(config) != _shape(model_config(SIZE)):
         say(console, "memory and time: the planner knows the 7B only; measure this size with dreamllm profile")
         return

@@ -14,10 +14,11 @@ from rich.console import Console
 from dreamllm.data import Mixture, Part, derive_seed
 from dreamllm.model import DreamLLMProcessor
 from dreamllm.monitoring import LogSettings, SampleSettings, watching
+from dreamllm.planning import peak_flops
 from dreamllm.recipes.paper.datasets import DataSettings, open_parts
 from dreamllm.recipes.paper.dry_run import SIZE, DryRun, show
 from dreamllm.recipes.paper.stages import PAPER_GPUS, BatchSettings, OptimSettings, PaperStage, Variant, find, steps
-from dreamllm.training import RunConfig, RunSettings, StageConfig, stage_batches
+from dreamllm.training import LoraSettings, RunConfig, RunSettings, StageConfig, stage_batches
 from dreamllm.training import run as run_stages
 from dreamllm.workloads import make_processor
 from dreamllm.workloads import parts as synthetic_parts
@@ -39,6 +40,7 @@ _ARGUMENTS = """
         batch: changes of the batches.
         variant: settings of the paper, or of the original program's released configuration.
         seed: everything random follows from it.
+        lora: trains adapters of low rank in the place of the decoder's layers, e.g. --lora.rank 16; not in stage I.
         settings: how the run proceeds on these machines.
         samples: what the model makes of fixed prompts as it learns.
         logs: where metrics go besides the run's own file.
@@ -61,6 +63,7 @@ class _Call:
     settings: RunSettings
     samples: SampleSettings
     logs: LogSettings
+    lora: LoraSettings | None = None
 
     @property
     def stage(self) -> PaperStage:
@@ -80,7 +83,7 @@ class _Call:
         """The stage. The mean number of documents of a step is for batches filled by tokens, where it must be found."""
         stage, batch = self.stage, self.batch
         values: dict[str, Any] = {"learning_rate": stage.learning_rate, "flip_targets": stage.flip_targets}
-        values |= self.optim.changes()
+        values |= self.optim.changes() | {"lora": self.lora}
         if batch.tokens is None:
             documents = PAPER_GPUS * stage.documents_per_gpu if batch.documents is None else batch.documents
             per_pass = batch.per_pass or stage.documents_per_gpu
@@ -117,7 +120,7 @@ def _run(call: _Call, dry_run: bool, gpus: int, gpu: str) -> Path | None:
     assert call.out is not None
     assert call.model is not None
     run = RunConfig(call.model, (config,), call.out, call.seed, call.settings)
-    return run_stages(run, Console(), watching(call.out, call.samples, call.logs, run.describe()))
+    return run_stages(run, Console(), watching(call.out, call.samples, call.logs, run.describe()), peak_flops)
 
 
 def documents_per_batch(config: StageConfig, processor: DreamLLMProcessor, seed: int) -> float:
@@ -138,6 +141,7 @@ def _recipe(name: str, summary: str) -> Callable[..., Path | None]:
         batch: BatchSettings = BATCH,
         variant: Variant = "paper",
         seed: int = 42,
+        lora: LoraSettings | None = None,
         settings: RunSettings = SETTINGS,
         samples: SampleSettings = SAMPLES,
         logs: LogSettings = LOGS,
@@ -145,7 +149,7 @@ def _recipe(name: str, summary: str) -> Callable[..., Path | None]:
         gpus: int = PAPER_GPUS,
         gpu: str = "a800",
     ) -> Path | None:
-        call = _Call(name, variant, out, model, data, optim, batch, seed, settings, samples, logs)
+        call = _Call(name, variant, out, model, data, optim, batch, seed, settings, samples, logs, lora)
         return _run(call, dry_run, gpus, gpu)
 
     train.__name__ = train.__qualname__ = name
