@@ -26,17 +26,17 @@ ADAPTED = ".base_layer."
 
 
 def large_parts(model: DreamLLM, threshold_mib: int | None, dtype: torch.dtype | None) -> set[str]:
-    """The frozen parts ("language_model": the decoder's layers) that take more than `threshold_mib` MiB in `dtype`
-    (None: their own)."""
+    """The frozen parts that take more than `threshold_mib` MiB in `dtype` (None: their own). "language_model" is the
+    decoder's layers, without their adapters."""
     if threshold_mib is None:
         return set()
     groups = {name: list(getattr(model, name).parameters()) for name in GATHERED}
-    groups["language_model"] = [p for layer in layers_of(model) for p in layer.parameters()]
+    groups = {name: of for name, of in groups.items() if not any(p.requires_grad for p in of)}
+    groups["language_model"] = [p for layer in layers_of(model) for p in layer.parameters() if not p.requires_grad]
     return {
         name
         for name, parameters in groups.items()
-        if not any(p.requires_grad for p in parameters)
-        and sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters) > threshold_mib * 2**20
+        if sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters) > threshold_mib * 2**20
     }
 
 

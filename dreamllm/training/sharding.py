@@ -69,8 +69,9 @@ class ShardedModel(Pass):
             compile_layers(model)
         common: dict[str, Any] = {"mesh": self.mesh, "mp_policy": _policy(settings), "ignored_params": whole}
         self.lane = _Lane(model, stage, layers, self.parts, attached=bool(spread))
+        self.regathers = settings.sharding != "grad_op" or bool(spread)
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=settings.sharding != "grad_op", **common)
+            fully_shard(layer, reshard_after_forward=self.regathers, **common)
         # The head is used by an operator, outside its module, and embeddings, queries and projectors are needed at
         # both ends of the pass: the root's weights are gathered once.
         self.root: FSDPModule = fully_shard(self.lane, reshard_after_forward=False, **common)
@@ -129,9 +130,7 @@ class ShardedModel(Pass):
             for part in self.parts:
                 part.release()
             for unit in self.units:
-                unit.set_reshard_after_forward(
-                    unit is not self.root and self.settings.sharding != "grad_op", recurse=False
-                )
+                unit.set_reshard_after_forward(unit is not self.root and self.regathers, recurse=False)
                 unit.reshard()
 
     def sum(self, losses: Tensor) -> Tensor:
