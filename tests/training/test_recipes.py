@@ -144,11 +144,20 @@ def test_word_numbers_leave_room_for_padding_and_unknown_words():
 
 def test_small_is_prepared_once_and_trained_by_two_processes(tmp_path):
     data = write_shapes(tmp_path / "data", "folder")
-    options = {"scale": 0.01, "settings": SETTINGS, "micro_batches": 2}
-    train_small(tmp_path / "alone", data, **options)
-    ended = run_in(2, train_small, tmp_path / "out", data, 42, None, 0.01, None, SETTINGS, logs=tmp_path / "logs")
-    assert "making small components from 40 captioned pictures" in ended[0].text
+    options = (data, 42, None, 0.005, None, SETTINGS)
+    ended = run_in(2, train_small, tmp_path / "out", *options, logs=tmp_path / "logs")
+    assert ended[0].text.count("making small components from 40 captioned pictures") == 1
     assert ended[1].text == ""
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["configuration"]["micro_batches"] == 2
+    assert [line["stage"] for line in read_metrics(tmp_path / "out")] == ["stage1"] * 2 + ["stage2"] * 2 + ["stage3"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_small_model_that_one_makes(tmp_path):
+    data = write_shapes(tmp_path / "data", "folder")
+    for world, name in ((1, "alone"), (2, "out")):
+        options = (data, 42, None, 0.01, 2, SETTINGS)
+        run_in(world, train_small, tmp_path / name, *options, logs=tmp_path / f"logs-{name}")
     start, expected = (load_file(tmp_path / f"{name}/start/model.safetensors") for name in ("out", "alone"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())
     lines, others = read_metrics(tmp_path / "out"), read_metrics(tmp_path / "alone")
@@ -156,9 +165,10 @@ def test_small_is_prepared_once_and_trained_by_two_processes(tmp_path):
 
 
 def test_an_error_in_preparing_ends_all_processes_and_is_said_once(tmp_path):
-    (tmp_path / "x.png").write_bytes(b"not a picture")
-    (tmp_path / "x.txt").write_text("caption")
-    ended = start_ranks(2, train_small, tmp_path / "out", tmp_path, logs=tmp_path / "logs")()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.png").write_bytes(b"not a picture")
+    (tmp_path / "data/x.txt").write_text("caption")
+    ended = start_ranks(2, train_small, tmp_path / "out", tmp_path / "data", logs=tmp_path / "logs")()
     assert [end.code for end in ended] == [1, 1]
     assert "ValueError: none of the 1 pairs" in ended[0].text
     assert "Error" not in ended[1].text
