@@ -2,22 +2,24 @@
 
 The bare loop takes batches from the loader and runs `train_step` on them. The trainer does the same with counting,
 generators, progress, metrics, operations, and the reading back of losses. Both train the same model on the same
-documents in one process, in turn. What a step costs is the time between the ends of two steps that follow each other;
-what comes before and after (making the optimiser, the first plans, writing) is paid once per run and shown apart.
+documents in one process, in turn. Three figures of each: the time from the end of a step to the end of the next; of it,
+what was spent neither in the step nor in waiting for its batch, which other work on the machine hardly touches; and
+what is paid once per run (making the optimiser, the first plans, writing).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,10 +28,13 @@ from rich.table import Table
 from dreamllm.data import LoaderState, load_steps
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 from dreamllm.training import RunConfig, RunSettings, StageConfig, processes
+from dreamllm.training import stage as trainer_module
 from dreamllm.training.interrupt import InterruptRequest
 from dreamllm.training.stage import StageTrainer, stage_batches
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import SIZES, STAGES, make_model, make_processor, stage_config
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -49,13 +54,28 @@ class Run:
     """When each step of a run was done, and when the run began and ended, in seconds."""
 
     began: float
-    done: list[float]
+    done: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
     ended: float = 0.0
+
+    def timed(self, work: Callable[[], T]) -> T:
+        """Runs `work`, a step or the making of its batch; its time is part of the step's own."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.inside.append(time.perf_counter() - began)
 
     @property
     def per_step(self) -> list[float]:
         """Of every step but the first."""
         return [after - before for before, after in itertools.pairwise(self.done)]
+
+    @property
+    def beside(self) -> list[float]:
+        """Of every step but the first: without the step itself and its batch, one after the other in `inside`."""
+        own = [self.inside[i] + self.inside[i + 1] for i in range(2, 2 * len(self.done), 2)]
+        return [whole - part for whole, part in zip(self.per_step, own, strict=True)]
 
     @property
     def once(self) -> float:
@@ -82,6 +102,27 @@ class Clock:
         """Nothing is kept open."""
 
 
+@contextlib.contextmanager
+def timing(run: Run) -> Iterator[None]:
+    """Inside, the trainer's steps and its waiting for batches are noted in `run`."""
+    step, load = trainer_module.run_step, trainer_module.load_steps
+
+    def timed_step(*args: Any) -> Any:
+        return run.timed(lambda: step(*args))
+
+    def timed_load(*args: Any, **options: Any) -> Iterator[Any]:
+        loaded = load(*args, **options)
+        with contextlib.closing(loaded):
+            for _ in range(options["steps"]):
+                yield run.timed(lambda: next(loaded))
+
+    trainer_module.run_step, trainer_module.load_steps = timed_step, timed_load  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        trainer_module.run_step, trainer_module.load_steps = step, load
+
+
 def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[Run]]:
     """The runs of each program; prints what their steps cost, and what is paid once."""
     model, processor = make_model(size), make_processor(size)
@@ -90,8 +131,10 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[Run]]:
     def bare(run: Run) -> None:
         optimizer = make_optimizer(prepare_model(model, stage), stage)
         loaded = load_steps(stage_batches(stage, processor), range(1), 1, LoaderState.initial(1), steps=stage.steps)
-        for number, (lane,) in enumerate(loaded):
-            train_step(model, optimizer, [lane.batch], stage, torch.Generator().manual_seed(number))
+        for number in range(stage.steps):
+            (lane,) = run.timed(lambda: next(loaded))
+            generator = torch.Generator().manual_seed(number)
+            run.timed(lambda lane=lane, by=generator: train_step(model, optimizer, [lane.batch], stage, by))
             run.done.append(time.perf_counter())
 
     def trainer(run: Run, checkpoint_every: int, terminal: bool = False) -> None:
@@ -102,7 +145,8 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[Run]]:
             console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
             watching = (Clock(run),)
             made = StageTrainer(config, stage, model, processor, 0, console, these, watching, peak=1e12, counted=True)
-            made.run(interrupt)
+            with timing(run):
+                made.run(interrupt)
 
     programs: dict[str, Callable[[Run], None]] = {
         "bare loop": bare,
@@ -117,7 +161,7 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[Run]]:
     for number in range(rounds + 1):
         for name, program in programs.items():
             model.load_state_dict(start)
-            run = Run(time.perf_counter(), [])
+            run = Run(time.perf_counter())
             program(run)
             run.ended = time.perf_counter()
             if number:  # the first round warms up
@@ -130,27 +174,27 @@ def report(stage: StageConfig, size: str, runs: dict[str, list[Run]]) -> None:
     table = Table(title=f"{stage.name}, {size}: {stage.steps} steps of {stage.documents_per_step} documents")
     for column in (
         "program",
-        "ms per step, median",
+        "ms per step",
         "beyond the bare loop",
-        "in pairs: median, half of them",
+        "ms beside the step",
+        "beyond the bare loop",
         "ms once",
     ):
-        table.add_column(column)
-    bare = runs["bare loop"]
-    base = statistics.median(seconds for run in bare for seconds in run.per_step)
-    for name, own in runs.items():
-        middle = statistics.median(seconds for run in own for seconds in run.per_step)
-        # The same step on the same documents, of the same round.
-        pairs = sorted(
-            mine / other - 1
-            for run, reference in zip(own, bare, strict=True)
-            for mine, other in zip(run.per_step, reference.per_step, strict=True)
-        )
-        low, half, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
-        once = statistics.median(run.once for run in own)
-        spread = f"{half:+.2%} ({low:+.1%} to {high:+.1%})"
-        table.add_row(name, f"{middle * 1e3:.1f}", f"{middle / base - 1:+.2%}", spread, f"{once * 1e3:.0f}")
-    Console(width=120).print(table)
+        table.add_column(column, justify="left" if column == "program" else "right")
+    medians = {name: _medians(own) for name, own in runs.items()}
+    whole, beside, _ = medians["bare loop"]
+    for name, (step, own, once) in medians.items():
+        more = f"{(own - beside) / whole:+.2%}"
+        table.add_row(name, f"{step:.1f}", f"{step / whole - 1:+.2%}", f"{own:.2f}", more, f"{once:.0f}")
+    Console(width=130).print(table)
+
+
+def _medians(runs: list[Run]) -> tuple[float, float, float]:
+    """In milliseconds: of steps, of what was beside them, and of what was paid once."""
+    steps = [seconds for run in runs for seconds in run.per_step]
+    beside = [seconds for run in runs for seconds in run.beside]
+    once = [run.once for run in runs]
+    return tuple(1e3 * statistics.median(values) for values in (steps, beside, once))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":
