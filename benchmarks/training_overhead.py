@@ -134,7 +134,8 @@ def measure(stage: StageConfig, size: str, rounds: int) -> dict[str, list[Run]]:
         for number in range(stage.steps):
             (lane,) = run.timed(lambda: next(loaded))
             generator = torch.Generator().manual_seed(number)
-            run.timed(lambda lane=lane, by=generator: train_step(model, optimizer, [lane.batch], stage, by))
+            batch = lane.batch.to("cpu")
+            run.timed(lambda batch=batch, by=generator: train_step(model, optimizer, [batch], stage, by))
             run.done.append(time.perf_counter())
 
     def trainer(run: Run, checkpoint_every: int, terminal: bool = False) -> None:

@@ -30,14 +30,14 @@ class StepOperations:
         groups = {name: any(p.requires_grad for p in of) for name, of in model.parameter_groups().items()}
         layers = list(model.decoder.layers)  # type: ignore[union-attr, arg-type]
         inputs = groups["embeddings"] or groups["dream_queries"] or groups["visual_projector"]
-        # Forward, gradients of what a product reads, gradients of its weights.
-        self.layer_passes = 1 + (inputs or groups["language_model"]) + groups["language_model"]
-        self.attention_passes = 3 if inputs or groups["language_model"] else 1
-        self.head_passes = 1 + (self.layer_passes > 1) + groups["lm_head"]
-        self.layer = _linear(layers[0])
-        self.after_attention = self.layer - sum(
-            _linear(getattr(layers[0].self_attn, n)) for n in ("q_proj", "k_proj", "v_proj")
-        )
+        flows = inputs or groups["language_model"]
+        # Of a position: forward; with the gradients of what the products read and of the weights that train.
+        self.forward, self.layer = _linear(layers[0]), _passes(layers[0], flows)
+        read_before = [getattr(layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+        self.forward_after = self.forward - sum(map(_linear, read_before))
+        self.layer_after = self.layer - sum(_passes(part, flows) for part in read_before)
+        self.attention_passes = 3 if flows else 1
+        self.head_passes = 1 + flows + groups["lm_head"]
         self.num_layers = len(layers)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.pair = 4 * text.num_attention_heads * head_dim * self.num_layers
@@ -54,17 +54,16 @@ class StepOperations:
         read = batch.dream_positions.numel() + (0 if batch.null_positions is None else batch.null_positions.numel())
         targets = batch.loss_targets.numel() if self.counts_text else 0
         if self.model.why_not_split(batch):
-            lengths = batch.cu_seqlens.diff().double()
-            pairs, tokens = self.attention_passes * _causal(lengths), self.layer_passes * batch.num_tokens
-            unread = self.layer_passes * (batch.num_tokens - read - targets)
-        else:  # the constant positions run forward only
+            pairs = self.attention_passes * _causal(batch.cu_seqlens.diff().double())
+            before, tokens = 0.0, float(batch.num_tokens)
+        else:  # what stands before the queries runs forward only, and nothing behind them
             starts, firsts, ends = torch.tensor(batch.query_spans, dtype=torch.float64).T
-            before, alone = _causal(ends - starts) - _causal(firsts - starts), _causal(firsts - starts)
-            pairs = alone + self.attention_passes * before
-            constant, dependent = float((firsts - starts).sum()), float((ends - firsts).sum())
-            tokens = constant + self.layer_passes * dependent
-            unread = constant + self.layer_passes * (dependent - read)
-        total = self.num_layers * self.layer * tokens - self.after_attention * unread + self.pair * pairs
+            alone = _causal(firsts - starts)
+            pairs = alone + self.attention_passes * (_causal(ends - starts) - alone)
+            before, tokens = float((firsts - starts).sum()), float((ends - firsts).sum())
+        # The last layer computes what follows its attention only where a loss reads it.
+        total = self.num_layers * (self.forward * before + self.layer * tokens) + self.pair * pairs
+        total -= self.forward_after * before + self.layer_after * (tokens - read - targets)
         total += self.head_passes * self.head * targets + self.query * read
         images = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
         encoded = 0 if batch.target_pixel_values is None else batch.target_pixel_values.shape[0]
@@ -77,9 +76,15 @@ def _causal(lengths: torch.Tensor) -> float:
     return float((lengths * (lengths + 1)).sum() / 2)
 
 
-def _linear(module: nn.Module) -> int:
-    """Of one position through all linear layers."""
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _linear(module: nn.Module, trained: bool = False) -> int:
+    """Of one position through all linear layers, or through those whose weights train."""
+    linear = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(2 * weight.numel() for weight in linear if weight.requires_grad or not trained)
+
+
+def _passes(module: nn.Module, flows: bool) -> int:
+    """Of one position, forward and backward; `flows`: a gradient passes through."""
+    return (1 + flows) * _linear(module) + _linear(module, trained=True)
 
 
 def _frozen_parts(config: DreamLLMConfig) -> tuple[int, int, int]:
