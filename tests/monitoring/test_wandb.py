@@ -59,8 +59,9 @@ def log(run: Path, *lines) -> None:
 def test_every_line_is_in_the_runs_own_file_and_a_resumed_run_goes_on_under_its_name(offline):
     offline.mkdir()
     log(offline, line("one", 10), line("one", 20), line("two", 10, vm_loss=None))
+    (offline / "wandb").rename(offline / "before")  # folders are named by the second
     log(offline, line("two", 20))
-    files = sorted(offline.glob("wandb/offline-run-*/*.wandb"))
+    files = [file for part in ("before", "wandb") for file in offline.glob(f"{part}/offline-run-*/*.wandb")]
     name = (offline / "wandb_id").read_text()
     assert {file.name for file in files} == {f"run-{name}.wandb"}
     found = [record for file in files for record in records(file)]
