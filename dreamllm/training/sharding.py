@@ -68,7 +68,7 @@ class ShardedModel(Pass):
         if settings.compile_layers:
             compile_layers(model)
         common: dict[str, Any] = {"mesh": self.mesh, "mp_policy": _policy(settings), "ignored_params": whole}
-        self.lane = _Lane(model, stage, layers, self.parts, attached=bool(spread))
+        self.lane = _Lane(model, stage, layers, self.parts, bool(spread), processes.device)
         self.regathers = settings.sharding != "grad_op" or bool(spread)
         for layer in layers:
             fully_shard(layer, reshard_after_forward=self.regathers, **common)
@@ -149,7 +149,13 @@ class _Lane(nn.Module):
     """
 
     def __init__(
-        self, model: DreamLLM, stage: StageConfig, layers: list[nn.Module], parts: list[GatheredPart], attached: bool
+        self,
+        model: DreamLLM,
+        stage: StageConfig,
+        layers: list[nn.Module],
+        parts: list[GatheredPart],
+        attached: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.model, self.stage = model, stage
@@ -157,7 +163,7 @@ class _Lane(nn.Module):
         names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in in_layers]
         self._owners = [(model.get_submodule(owner), last) for owner, _, last in (n.rpartition(".") for n in names)]
         self._states: list[Tensor] = []
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._seeing = [part for part in parts if part.name == "vision_model"]
         self._drawing = [part for part in parts if part.name != "vision_model"]
         model.splits_creation = not attached
