@@ -20,8 +20,12 @@ class Limits:
         max_pictures_out: pictures in an answer, and pictures of one call for pictures.
         max_steps: denoising steps of a picture.
         max_size: side in pixels of a picture to draw.
+        max_connections: open at once; further ones are closed.
         request_seconds: from the arrival of a request to the end of its answer.
+        head_seconds: for the arrival of a request's head, from the connection or from the head's first byte.
         body_seconds: for the arrival of a request's body.
+        send_seconds: for a client to read what an answer has ready, when it has stopped reading.
+        keep_alive_seconds: that a connection stays open between requests.
         fetch_seconds: for fetching a picture, redirects included, where addresses are allowed.
         drain_seconds: for answers in the making when the server is told to stop.
 
@@ -38,8 +42,12 @@ class Limits:
     max_pictures_out: int = 10
     max_steps: int = 250
     max_size: int = 1024
+    max_connections: int = 512
     request_seconds: int = 600
+    head_seconds: int = 10
     body_seconds: int = 60
+    send_seconds: int = 120
+    keep_alive_seconds: int = 15
     fetch_seconds: int = 10
     drain_seconds: int = 60
 

@@ -14,12 +14,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from dreamllm.server.app import create_app
+from dreamllm.server.connections import Connection
 from dreamllm.server.keys import ApiKeys
 from dreamllm.server.logs import log_as_json, log_event
 from dreamllm.server.service import Service
 
 _log = logging.getLogger(__name__)
-_KEEP_ALIVE_SECONDS = 15
 _CLOSING_SECONDS = 5
 
 
@@ -43,13 +43,13 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=partial(Connection, service.limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=service.limits.keep_alive_seconds,
                 timeout_graceful_shutdown=_CLOSING_SECONDS,
             )
         )
