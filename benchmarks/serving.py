@@ -1,9 +1,11 @@
 """How a server holds up under many clients at once: `python -m benchmarks.serving --model DIR`.
 
 Starts `dreamllm serve` and lets clients send a random mix of requests: text, text about a picture, streams, pictures,
-and answers with a picture. Every answer but 200 and 429 is an error; after a 429 a client waits as it is told.
-Latencies are those of whole answers. Memory is the server's resident set, sampled every second; its growth is that of
-the median of the last fifth of the samples over the median of the second fifth, when everything has been loaded.
+answers with a picture, and documents; every thirtieth leaves in the middle of its answer. Every answer but 200 and 429
+is an error; after a 429 a client waits as it is told. Latencies are those of whole answers. Memory is the server's
+resident set, sampled every second; its growth is that of the median of the last fifth of the samples over the median of
+the second fifth, when everything has been loaded. In the end the server is told to stop while all clients go on asking:
+what it had accepted must be answered (200), the rest be refused (429, 503, or no connection).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import http.client
 import io
 import json
 import random
+import select
 import signal
 import statistics
 import subprocess
@@ -28,8 +31,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
+CHAT, COMPLETIONS, IMAGES = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"
 PATIENCE_SECONDS = 120
+LEAVES_EVERY = 30
+LEFT = "left"
+GONE = ("ConnectionRefusedError", "ConnectionResetError", "RemoteDisconnected", "BrokenPipeError")
+"""No connection: what a client may meet once the server was told to stop."""
 
 
 def picture(rng: random.Random) -> dict[str, Any]:
@@ -42,7 +49,7 @@ def picture(rng: random.Random) -> dict[str, Any]:
 
 def any_request(rng: random.Random, model: str, steps: int) -> tuple[str, str, dict[str, Any]]:
     """A kind, a path and a body."""
-    kind = rng.choice(("text", "stream", "about a picture", "pictures", "with a picture"))
+    kind = rng.choice(("text", "stream", "about a picture", "pictures", "with a picture", "document"))
     if kind == "pictures":
         return kind, IMAGES, {"prompt": "a seven", "n": rng.randint(1, 2), "steps": steps}
     content: Any = "Write something."
@@ -52,45 +59,65 @@ def any_request(rng: random.Random, model: str, steps: int) -> tuple[str, str, d
     body |= {"stream": kind == "stream", "temperature": 1.0, "pictures": "forbid", "drawing": {"steps": steps}}
     if kind == "with a picture":
         body |= {"pictures": "force", "max_pictures": 1}
+    if kind == "document":
+        del body["messages"]
+        return kind, COMPLETIONS, body | {"prompt": "two", "pictures": "allow", "max_pictures": 1, "stream": True}
     return kind, CHAT, body
 
 
 class Clients:
-    """Clients that ask until told to stop; `seconds` of every answer by kind, `statuses` of all."""
+    """Clients that ask until told to stop; `seconds` of every answer by kind, `statuses` of all, and of those that came
+    after `ending` was set."""
 
     def __init__(self, port: int, model: str, steps: int) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.statuses: Counter[str] = Counter()
+        self.statuses_ending: Counter[str] = Counter()
+        self.ending = False
         self._port, self._model, self._steps = port, model, steps
         self._stop, self._lock = threading.Event(), threading.Lock()
+        self._threads: list[threading.Thread] = []
 
-    def run(self, count: int, seconds: float) -> None:
-        threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
-        for thread in threads:
+    def start(self, count: int) -> None:
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
+        for thread in self._threads:
             thread.start()
-        self._stop.wait(seconds)
+
+    def stop(self) -> None:
         self._stop.set()
-        for thread in threads:
+        for thread in self._threads:
             thread.join()
 
     def _ask(self, number: int) -> None:
         rng = random.Random(number)
         while not self._stop.is_set():
             kind, path, body = any_request(rng, self._model, self._steps)
+            leaves = rng.randrange(LEAVES_EVERY) == 0
             start = time.perf_counter()
-            status, pause = self._send(path, body)
+            status, pause = self._send(path, body, rng.random() if leaves else None)
             with self._lock:
-                self.statuses[status] += 1
+                (self.statuses_ending if self.ending else self.statuses)[status] += 1
                 if status == "200":
                     self.seconds.setdefault(kind, []).append(time.perf_counter() - start)
+            if self.ending and status in GONE:
+                return
             self._stop.wait(pause)
 
-    def _send(self, path: str, body: dict[str, Any]) -> tuple[str, float]:
-        """The status, or the name of what went wrong, and how long to wait before the next request."""
+    def _send(self, path: str, body: dict[str, Any], leaves_after: float | None) -> tuple[str, float]:
+        """The status, or the name of what went wrong, and how long to wait before the next request.
+
+        `leaves_after`: seconds after which the client leaves, if it has no answer yet; a stream it leaves when that
+        has begun.
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE_SECONDS)
         try:
             connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+            if leaves_after is not None and not select.select([connection.sock], [], [], leaves_after)[0]:
+                return LEFT, 0.0
             response = connection.getresponse()
+            if leaves_after is not None and body.get("stream") and response.status == 200:
+                response.read1(64)
+                return LEFT, 0.0
             data = response.read()
             if response.status == 200 and body.get("stream") and not data.endswith(b"data: [DONE]\n\n"):
                 return "unfinished stream", 0.0
@@ -141,20 +168,27 @@ def start(model: Path, max_queue: int) -> tuple[subprocess.Popen[str], int, str]
 
 def measure(model: Path, clients: int, seconds: float, max_queue: int, steps: int) -> dict[str, Any]:
     server, port, name = start(model, max_queue)
+    asking = Clients(port, name, steps)
     try:
         memory = Memory(server.pid)
-        asking = Clients(port, name, steps)
-        asking.run(clients, seconds)
+        asking.start(clients)
+        time.sleep(seconds)
         growth = memory.stop()
     finally:
+        asking.ending = True
         server.send_signal(signal.SIGTERM)
         status = server.wait(PATIENCE_SECONDS)
+        asking.stop()
+    good, ending = {"200", "429", LEFT}, {"200", "429", "503", LEFT, *GONE}
+    errors = sum(count for key, count in asking.statuses.items() if key not in good)
+    errors += sum(count for key, count in asking.statuses_ending.items() if key not in ending)
     everything = [value for values in asking.seconds.values() for value in values]
     return {
         "clients": clients,
         "seconds": seconds,
         "statuses": dict(asking.statuses),
-        "errors": sum(count for key, count in asking.statuses.items() if key not in ("200", "429")),
+        "statuses_ending": dict(asking.statuses_ending),
+        "errors": errors,
         "answers_per_second": len(everything) / seconds,
         "latencies": {
             kind: percentiles(values) for kind, values in sorted({**asking.seconds, "all": everything}.items())
@@ -180,7 +214,11 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     memory = result["memory_bytes"]
-    console.print(f"statuses {result['statuses']}, errors {result['errors']}, exit status {result['exit_status']}")
+    refused = {**result["statuses_ending"], "no connection": 0}
+    for name in GONE:
+        refused["no connection"] += refused.pop(name, 0)
+    console.print(f"statuses {result['statuses']}, after SIGTERM {refused}")
+    console.print(f"errors {result['errors']}, exit status {result['exit_status']}")
     growth = "not measured" if result["memory_growth"] is None else f"{100 * result['memory_growth']:+.1f}%"
     console.print(
         f"{result['answers_per_second']:.1f} answers a second; memory {memory['last'] / 2**20:.0f} MiB at the end, "

@@ -153,15 +153,16 @@ class PictureWork:
             watched.watcher(watched.done, watched.total)
         done = set(map(id, finished))
         due = [
-            (picture, request)
-            for picture, (request, _) in batch.owners.items()
+            (picture, request, number)
+            for picture, (request, number) in batch.owners.items()
             if request.preview_every and not picture.steps_done % request.preview_every
             if id(picture) not in done and not request.done
         ]
         if due:
-            shown = batch.denoising.decode([picture for picture, _ in due])
-            for image, (picture, request) in zip(shown, due, strict=True):
-                request.attempt(request.tell, Preview(to_pil(image), picture.steps_done, batch.denoising.steps))
+            shown = batch.denoising.decode([picture for picture, *_ in due])
+            for image, (picture, request, number) in zip(shown, due, strict=True):
+                preview = Preview(to_pil(image), picture.steps_done, batch.denoising.steps, number)
+                request.attempt(request.tell, preview)
 
     def _finish(self, batch: _Batch, finished: Sequence[PictureInWork]) -> None:
         if not finished:

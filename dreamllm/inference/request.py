@@ -39,11 +39,12 @@ class NewPicture:
 
 @dataclass(frozen=True)
 class Preview:
-    """What there is of a picture after `step` of `steps` denoising steps."""
+    """What there is of a picture, of candidate number `candidate`, after `step` of `steps` denoising steps."""
 
     picture: Image.Image
     step: int
     steps: int
+    candidate: int = 0
 
 
 Event = NewText | NewPicture | Preview

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from dreamllm.server.chats import answer_chat
+from dreamllm.server.completions import answer_completion
 from dreamllm.server.errors import ApiError, ClientGoneError, internal, json_response, shutting_down
 from dreamllm.server.images import answer_images
 from dreamllm.server.keys import ApiKeys
@@ -19,13 +21,23 @@ from dreamllm.server.options import check_model
 from dreamllm.server.service import Service
 
 
-def create_app(service: Service, keys: ApiKeys | None = None) -> ASGIApp:
-    """The ASGI application of a service; with `keys`, everything but /health needs one of them."""
+def create_app(
+    service: Service, keys: ApiKeys | None = None, add_routes: Callable[[FastAPI], None] = lambda app: None
+) -> ASGIApp:
+    """The ASGI application of a service; with `keys`, everything but /health needs one of them.
+
+    `add_routes` adds routes to the application, to which everything applies that applies to its own.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    add_routes(app)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await answer_chat(service, request)
+
+    @app.post("/v1/completions")
+    async def completion(request: Request) -> Response:
+        return await answer_completion(service, request)
 
     @app.post("/v1/images/generations")
     async def images(request: Request) -> Response:

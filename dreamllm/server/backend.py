@@ -18,10 +18,11 @@ from dreamllm.inference.options import Stopped
 
 @dataclass(frozen=True)
 class Work:
-    """One answer to be made. `options.seed` is its seed."""
+    """One answer to be made. `options.seed` is its seed; `preview_every` as in `Engine.stream`."""
 
     prompt: Document
     options: GenerationOptions
+    preview_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class PictureDrawn:
 
 
 @dataclass(frozen=True)
+class PictureStep:
+    """What there is of the picture in work, of candidate number `candidate`, after `step` of `steps`."""
+
+    image: Image.Image
+    step: int
+    steps: int
+    candidate: int = 0
+
+
+@dataclass(frozen=True)
 class Finished:
     """The end of an answer. `reason`: as in `Answer.stopped`, or that it was cancelled; then there is no `document`."""
 
@@ -73,7 +84,7 @@ class Failed:
     fault: Literal["request", "server", "closed"]
 
 
-Event = Started | TextPiece | PictureDrawn | Finished | Failed
+Event = Started | TextPiece | PictureDrawn | PictureStep | Finished | Failed
 Emit = Callable[[Event], None]
 """Told of every event of one work, in order, from the backend's thread; must return at once."""
 

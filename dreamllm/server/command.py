@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dreamllm.inference import drawing_defaults, load
+from dreamllm.inference import Engine, drawing_defaults, load
 from dreamllm.server.engine_backend import EngineBackend
 from dreamllm.server.keys import ApiKeys
 from dreamllm.server.limits import Limits
+
+if TYPE_CHECKING:
+    from dreamllm.server.service import Served
 
 
 def serve(
@@ -46,26 +52,36 @@ def serve(
     Raises `ImportError` without the extra `serve`, `OSError` for an address that cannot be listened on, and what
     `dreamllm.inference.load` raises.
     """
-    try:
+    with needing("dreamllm serve"):
         from dreamllm.server.fetching import Fetcher
         from dreamllm.server.running import listen, run
-        from dreamllm.server.service import Served, Service
+        from dreamllm.server.service import Service
+    keys = None if api_keys is None else ApiKeys.read(api_keys)
+    engine = load(model, device, dtype, max_batch).engine
+    with listen(host, port) as listening:
+        fetcher = Fetcher(limits) if allow_urls else None
+        served = served_model(engine, name or Path(model).resolve().name)
+        service = Service(EngineBackend(engine), served, limits, max_queue, fetcher, log_prompts)
+        run(service, keys, listening)
+
+
+def served_model(engine: Engine, name: str) -> Served:
+    """A model as clients see it under a name."""
+    from dreamllm.server.service import Served
+
+    processor = engine.processor
+    return Served(name, processor.template, drawing_defaults(engine.model), processor.settings.target_size)
+
+
+@contextmanager
+def needing(command: str) -> Iterator[None]:
+    """Around imports of a command's extra. Raises `ImportError` that names it where a package is missing."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "dreamllm":
             raise
         raise ImportError(
-            f"the package {error.name} is not installed; dreamllm serve needs the extra: "
+            f"the package {error.name} is not installed; {command} needs the extra: "
             "pip install --no-build-isolation '.[serve]'"
         ) from None
-    keys = None if api_keys is None else ApiKeys.read(api_keys)
-    engine = load(model, device, dtype, max_batch).engine
-    served = Served(
-        name or Path(model).resolve().name,
-        engine.processor.template,
-        drawing_defaults(engine.model),
-        engine.processor.settings.target_size,
-    )
-    with listen(host, port) as listening:
-        fetcher = Fetcher(limits) if allow_urls else None
-        service = Service(EngineBackend(engine), served, limits, max_queue, fetcher, log_prompts)
-        run(service, keys, listening)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any, TypeVar
 
-from dreamllm.inference import Engine, NewPicture, NewText, Request
+from dreamllm.inference import Engine, NewPicture, NewText, Preview, Request
 from dreamllm.inference.request import Event as EngineEvent
 from dreamllm.server.backend import (
     Emit,
@@ -15,6 +18,7 @@ from dreamllm.server.backend import (
     Finished,
     Load,
     PictureDrawn,
+    PictureStep,
     Started,
     TextPiece,
     Usage,
@@ -22,6 +26,8 @@ from dreamllm.server.backend import (
 )
 
 _log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class _Job:
@@ -50,6 +56,8 @@ class _Job:
             self.tell(TextPiece(event.text))
         elif isinstance(event, NewPicture):
             self.tell(PictureDrawn(event.picture))
+        elif isinstance(event, Preview):
+            self.tell(PictureStep(event.picture, event.step, event.steps, event.candidate))
 
     def start(self) -> None:
         if not self._started:
@@ -76,6 +84,7 @@ class EngineBackend:
         self._changed = threading.Condition()
         self._arrived: list[_Job] = []
         self._active: list[_Job] = []
+        self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="dreamllm-engine", daemon=True)
         self._thread.start()
@@ -91,6 +100,18 @@ class EngineBackend:
                 return job
         job.tell(Failed("the server is shutting down", "closed"))
         return job
+
+    def call(self, function: Callable[[Engine], Result]) -> Future[Result]:
+        """Calls a function with the engine between two of its steps; requests wait for it so long. A call that is
+        cancelled before it begins is never made."""
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._closed:
+                future.cancel()
+            else:
+                self._calls.append((function, future))
+                self._changed.notify_all()
+        return future
 
     def load(self) -> Load:
         with self._changed:
@@ -109,6 +130,8 @@ class EngineBackend:
             self._closed = True
             for job in (*self._arrived, *self._active):
                 job.cancelled = True
+            for _, future in self._calls:
+                future.cancel()
             self._changed.notify_all()
         self._thread.join()
 
@@ -122,7 +145,8 @@ class EngineBackend:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._arrived or self._active or self._closed)
+                self._changed.wait_for(lambda: self._arrived or self._active or self._calls or self._closed)
+                calls, self._calls = self._calls, []
                 arrived, self._arrived = self._arrived, []
                 self._active += arrived
                 active = list(self._active)
@@ -133,11 +157,21 @@ class EngineBackend:
                 if job.cancelled and job.request is not None:
                     job.request.cancel()
             self._step(active)
+            for function, future in calls:
+                self._make(function, future)
             left = [job for job in active if not self._ended(job)]
             with self._changed:
                 self._active = left
             if closed:
                 return
+
+    def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function(self._engine))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _begin(self, job: _Job) -> None:
         """Gives the engine a work. What it refuses has no request then."""
@@ -146,7 +180,8 @@ class EngineBackend:
             return
         work = job.work
         try:
-            job.request = self._engine.submit(work.prompt, work.options, work.options.seed, job.listen)
+            options = work.options
+            job.request = self._engine.submit(work.prompt, options, options.seed, job.listen, work.preview_every)
         except ValueError as error:
             job.tell(Failed(str(error), "request"))
         except Exception:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from dreamllm.inference import DrawingOptions, GenerationOptions
 from dreamllm.server.errors import ApiError, bad_request
 from dreamllm.server.limits import Limits
-from dreamllm.server.schemas import ChatDrawing, ChatRequest, Drawing
+from dreamllm.server.schemas import ChatDrawing, Drawing, Writing
 from dreamllm.server.service import Served
 
 DEFAULT_NEW_TOKENS = 512
@@ -18,7 +18,7 @@ LEAST_TOP_P = 1e-6
 """The most likely token alone reaches it in any vocabulary; less would be 0 in single precision."""
 
 
-def chat_options(request: ChatRequest, served: Served, limits: Limits) -> GenerationOptions:
+def writing_options(request: Writing, served: Served, limits: Limits) -> GenerationOptions:
     """Raises `ApiError` for values that exclude each other and those beyond the limits."""
     drawing = request.drawing or ChatDrawing()
     temperature = request.temperature or 0.0
@@ -48,8 +48,8 @@ def _stops(given: str | list[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-def _new_tokens(request: ChatRequest, limits: Limits) -> int:
-    given = {request.max_tokens, request.max_completion_tokens} - {None}
+def _new_tokens(request: Writing, limits: Limits) -> int:
+    given = {request.max_tokens, getattr(request, "max_completion_tokens", None)} - {None}
     if len(given) > 1:
         raise bad_request("max_tokens and max_completion_tokens differ; give one", "max_tokens", "invalid_value")
     tokens = given.pop() if given else None

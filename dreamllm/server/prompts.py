@@ -86,15 +86,26 @@ def chat_document(
     return Document(tuple(parts), "error", "the prompt")
 
 
-def load_pictures(turns: Sequence[Turn], fetched: Mapping[str, bytes], limits: Limits) -> dict[PictureUrl, Image.Image]:
-    """Decodes the pictures of all turns. Raises `ApiError` for one that is not a picture or too much."""
+def raw_document(pieces: Sequence[str | PictureUrl], pictures: Mapping[PictureUrl, Image.Image]) -> Document:
+    """Text and pictures that the model has read, as they stand; awaits what follows."""
+    parts = [
+        Picture(pictures[piece], comprehension=True) if isinstance(piece, PictureUrl) else Text(piece, learn=False)
+        for piece in pieces
+    ]
+    return Document(tuple(parts), "error", "the prompt")
+
+
+def load_pictures(
+    wanted: Sequence[PictureUrl], fetched: Mapping[str, bytes], limits: Limits
+) -> dict[PictureUrl, Image.Image]:
+    """Decodes pictures. Raises `ApiError` for one that is not a picture or too much."""
     loader = PictureLoader(limits)
     return {
         picture: loader.load(
             fetched[picture.url] if is_address(picture.url) else decode_data_url(picture.url, picture.param, limits),
             picture.param,
         )
-        for picture in pictures_of(turns)
+        for picture in wanted
     }
 
 
@@ -105,7 +116,7 @@ def pictures_of(turns: Sequence[Turn]) -> list[PictureUrl]:
 def _pieces(message: Message, param: str) -> tuple[str | PictureUrl, ...]:
     if isinstance(message.content, str):
         if message.role == "assistant":
-            return tuple(_split_drawn(message.content, param))
+            return tuple(split_pictures(message.content, param))
         return (message.content,)
     pieces: list[str | PictureUrl] = []
     for i, part in enumerate(message.content):
@@ -113,7 +124,7 @@ def _pieces(message: Message, param: str) -> tuple[str | PictureUrl, ...]:
         if not isinstance(part, TextPart):
             pieces.append(PictureUrl(part.image_url.url, f"{where}.image_url.url"))
         elif message.role == "assistant":
-            pieces += _split_drawn(part.text, where)
+            pieces += split_pictures(part.text, where)
         elif pieces and isinstance(pieces[-1], str):
             pieces[-1] += f"\n{part.text}"
         else:
@@ -121,8 +132,8 @@ def _pieces(message: Message, param: str) -> tuple[str | PictureUrl, ...]:
     return tuple(pieces)
 
 
-def _split_drawn(text: str, param: str) -> list[str | PictureUrl]:
-    """An earlier answer: its pictures stand in the text."""
+def split_pictures(text: str, param: str) -> list[str | PictureUrl]:
+    """Text with pictures in it, as answers have them."""
     pieces: list[str | PictureUrl] = []
     for i, piece in enumerate(_DRAWN.split(text)):
         if i % 2:
@@ -155,11 +166,15 @@ def _check(system: str | None, turns: Sequence[Turn], limits: Limits) -> None:
         raise bad_request("the last message must be the user's", "messages")
     if not any(isinstance(piece, PictureUrl) or piece.strip() for piece in turns[-1].pieces):
         raise bad_request("the last message is empty; give it text or a picture", "messages")
-    texts = [piece for turn in turns for piece in turn.pieces if isinstance(piece, str)]
-    check_text([system or "", *texts], "messages", limits)
-    count = len(pictures_of(turns))
+    check_pieces([system or "", *(piece for turn in turns for piece in turn.pieces)], "messages", limits)
+
+
+def check_pieces(pieces: Sequence[str | PictureUrl], param: str, limits: Limits) -> None:
+    """Raises `ApiError` for more text or pictures than the limits allow."""
+    check_text([piece for piece in pieces if isinstance(piece, str)], param, limits)
+    count = sum(isinstance(piece, PictureUrl) for piece in pieces)
     if count > limits.max_pictures_in:
-        raise bad_request(f"{count} pictures were given, at most {limits.max_pictures_in} are taken", "messages")
+        raise bad_request(f"{count} pictures were given, at most {limits.max_pictures_in} are taken", param)
 
 
 def check_text(texts: Sequence[str], param: str, limits: Limits) -> None:

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from dreamllm.server.app import create_app
@@ -84,8 +85,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(service: Service, keys: ApiKeys | None, listening: socket.socket) -> None:
-    """Serves, with logs as JSON, until told to stop; then closes the service."""
+def run(
+    service: Service,
+    keys: ApiKeys | None,
+    listening: socket.socket,
+    add_routes: Callable[[FastAPI], None] = lambda app: None,
+) -> None:
+    """Serves, with logs as JSON, until told to stop; then closes the service. `add_routes` as in `create_app`."""
     log_as_json()
     host, port = listening.getsockname()[:2]
     if keys is None and not ip_address(host).is_loopback:
@@ -93,7 +99,7 @@ def run(service: Service, keys: ApiKeys | None, listening: socket.socket) -> Non
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     ready = partial(log_event, _log, "ready", url=url, model=service.served.name)
     try:
-        Server(create_app(service, keys), service, ready).run(sockets=[listening])
+        Server(create_app(service, keys, add_routes), service, ready).run(sockets=[listening])
     finally:
         service.close()
         log_event(_log, "stopped")

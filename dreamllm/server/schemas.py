@@ -13,6 +13,7 @@ from dreamllm.inference.drawing import MAX_SEED, Scheduler
 from dreamllm.server.errors import ApiError, bad_request
 
 MAX_STOPS = 4
+MAX_PARTIAL_IMAGES = 20
 _SHOWN = 64
 Empty = Field(max_length=0)
 Nothing = None | Literal[False] | Annotated[list[Any], Empty] | Annotated[dict[str, Any], Empty]
@@ -77,13 +78,12 @@ class ChatDrawing(Drawing):
     size: Annotated[int, Field(ge=1)] | None = None
 
 
-class ChatRequest(Strict):
-    """`POST /v1/chat/completions`. DreamLLM's own: `pictures`, `max_pictures`, `top_k`, `drawing`."""
+class Writing(Strict):
+    """What asks for text and pictures. DreamLLM's own: `pictures`, `max_pictures`, `top_k`, `drawing` and, for streams,
+    `preview_every`, after so many denoising steps."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -94,28 +94,50 @@ class ChatRequest(Strict):
     pictures: Literal["allow", "forbid", "force"] | None = None
     max_pictures: Annotated[int, Field(ge=0)] | None = None
     drawing: ChatDrawing | None = None
+    preview_every: Annotated[int, Field(ge=0)] | None = None
     # what changes nothing
     n: Literal[1] | None = None
     user: str | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logprobs: Nothing = None
+    logit_bias: Nothing = None
+
+
+class ChatRequest(Writing):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    # what changes nothing
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    logprobs: Nothing = None
-    logit_bias: Nothing = None
     tools: Nothing = None
     functions: Nothing = None
     store: Nothing = None
 
 
+class CompletionRequest(Writing):
+    """`POST /v1/completions`: a text, which may hold pictures as answers do, is continued as a document."""
+
+    prompt: str
+    # what changes nothing
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Nothing = None
+
+
 class ImagesRequest(Drawing):
-    """`POST /v1/images/generations`. DreamLLM's own: `seed` and the fields of `Drawing`."""
+    """`POST /v1/images/generations`. DreamLLM's own: `seed` and the fields of `Drawing`.
+
+    `partial_images`: what there is of each picture so many times on the way, with `stream`.
+    """
 
     prompt: str
     model: str | None = None
@@ -123,14 +145,14 @@ class ImagesRequest(Drawing):
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
     seed: Seed | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
     # what changes nothing
     user: str | None = None
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto"] | None = None
     output_format: Literal["png"] | None = None
-    stream: Nothing = None
-    partial_images: Zero | None = None
 
 
 Parsed = TypeVar("Parsed", bound=Strict)

@@ -29,6 +29,7 @@ MODEL = "scripted"
 PATIENCE = 30.0
 """Seconds after which a test that awaits something fails."""
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 IMAGES = "/v1/images/generations"
 
 

@@ -9,10 +9,10 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from dreamllm.documents import Document, Text
+from dreamllm.documents import Document, Picture, Text
 from dreamllm.inference import GenerationOptions
 from tests.server.conftest import QUICK
-from tests.server.support import MODEL, image_part, text_part
+from tests.server.support import MODEL, data_url, encoded, image_part, text_part
 from tests.tiny import random_picture
 
 _PICTURE = re.compile(r"!\[picture \d+\]\(data:image/png;base64,([^)]*)\)")
@@ -138,6 +138,68 @@ def test_images(client, engine):
     assert answer.size == "8x8"
     other = client.images.generate(prompt="seven", extra_body={"seed": 5, "guidance_scale": 1.0})
     assert other.data[0].b64_json != answer.data[0].b64_json
+
+
+def test_a_document_is_continued_as_it_stands(client, engine):
+    picture = random_picture(4)
+    start = f"The license ![a picture]({data_url(encoded(picture))}) and"
+    answer = client.completions.create(model=MODEL, prompt=start, max_tokens=8, extra_body={"pictures": "forbid"})
+    parts = (Text("The license "), Picture(picture, comprehension=True), Text(" and"))
+    expected = engine.answer(Document(parts, "error"), GenerationOptions(max_new_tokens=8, pictures="forbid"))
+    assert answer.choices[0].text == expected.text
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    in_chat = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "The license"}], max_tokens=8,
+        extra_body={"pictures": "forbid"},
+    )  # fmt: skip
+    assert answer.usage.prompt_tokens != in_chat.usage.prompt_tokens
+
+
+def test_a_stream_of_a_document_is_the_same_document(client):
+    body = {"model": MODEL, "prompt": "One", "max_tokens": 5, "seed": 3, "temperature": 1.5}
+    body["extra_body"] = {"pictures": "force", "max_pictures": 1}
+    whole = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text.replace("\ufffd", "") == whole.choices[0].text.replace("\ufffd", "")
+    assert len(pictures_in(text)) == 1
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+@pytest.mark.parametrize("kind", ["chat", "document"])
+def test_previews_come_before_their_picture_where_they_are_asked_for(client, kind):
+    extra = {"pictures": "force", "max_pictures": 1, "preview_every": 1, "drawing": {"steps": 4}}
+    body = {"model": MODEL, "max_tokens": 3, "stream": True, "extra_body": extra}
+    if kind == "chat":
+        chunks = client.chat.completions.create(messages=[{"role": "user", "content": "Draw"}], **body)
+        told = [(chunk.choices[0].delta.model_extra.get("preview"), chunk.choices[0].delta.content) for chunk in chunks]
+    else:
+        chunks = client.completions.create(prompt="Draw", **body)
+        told = [(chunk.choices[0].model_extra.get("preview"), chunk.choices[0].text) for chunk in chunks]
+    at = next(i for i, (_, text) in enumerate(told) if "![picture 1]" in (text or ""))
+    previews = [preview for preview, _ in told[:at] if preview]
+    assert [(preview["step"], preview["steps"]) for preview in previews] == [(1, 4), (2, 4), (3, 4)]
+    images = [Image.open(io.BytesIO(base64.b64decode(preview["image"].partition(",")[2]))) for preview in previews]
+    assert {image.size for image in images} == {(8, 8)}
+    assert len({image.tobytes() for image in images}) == 3
+    assert not any(preview for preview, _ in told[at:])
+
+
+def test_images_as_a_stream(client):
+    extra = {"seed": 5, "steps": 6}
+    whole = client.images.generate(model=MODEL, prompt="seven", n=2, extra_body=extra)
+    events = list(
+        client.images.generate(model=MODEL, prompt="seven", n=2, stream=True, partial_images=2, extra_body=extra)
+    )
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    assert [(e.index, e.partial_image_index, e.step) for e in partial] == [(0, 0, 2), (1, 0, 2), (0, 1, 4), (1, 1, 4)]
+    done = [event for event in events if event.type == "image_generation.completed"]
+    assert [event.b64_json for event in done] == [one.b64_json for one in whole.data]
+    assert done[0].usage.input_tokens == whole.usage.input_tokens
+    assert done[0].size == "8x8"
+    quiet = client.images.generate(model=MODEL, prompt="seven", stream=True, extra_body=extra)
+    assert [event.type for event in quiet] == ["image_generation.completed"]
 
 
 def test_models(client):

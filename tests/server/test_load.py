@@ -10,6 +10,7 @@ def test_a_few_clients(model_folder):
     assert result["errors"] == 0
     assert result["exit_status"] == 0
     assert result["statuses"]["200"] > 6
+    assert not set(result["statuses"]) - {"200", "429", "left"}
 
 
 @pytest.mark.slow

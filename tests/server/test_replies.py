@@ -2,7 +2,7 @@
 
 from dreamllm.documents import Document, Picture, Text, chat_template
 from dreamllm.server import Limits
-from dreamllm.server.prompts import chat_document, load_pictures, read_turns
+from dreamllm.server.prompts import chat_document, load_pictures, pictures_of, read_turns
 from dreamllm.server.replies import Composer, content_of
 from dreamllm.server.schemas import ChatRequest, parse
 from tests.server.support import chat, image_part, text_part
@@ -39,7 +39,7 @@ def document_of(*messages, system=None):
     if system is not None:
         request["messages"].insert(0, {"role": "system", "content": system})
     system, turns = read_turns(parse(ChatRequest, request).messages, Limits())
-    return chat_document(system, turns, load_pictures(turns, {}, Limits()), PLAIN)
+    return chat_document(system, turns, load_pictures(pictures_of(turns), {}, Limits()), PLAIN)
 
 
 def shown(document):

@@ -8,7 +8,19 @@ import pytest
 from PIL import Image
 
 from dreamllm.server import Limits
-from tests.server.support import CHAT, IMAGES, MODEL, Scripted, chat, data_url, encoded, hello, image_part, serving
+from tests.server.support import (
+    CHAT,
+    COMPLETIONS,
+    IMAGES,
+    MODEL,
+    Scripted,
+    chat,
+    data_url,
+    encoded,
+    hello,
+    image_part,
+    serving,
+)
 from tests.tiny import random_picture
 
 BOMB = 30_000
@@ -97,13 +109,41 @@ def test_refusals_name_the_field_and_the_reason(quick_server, fields, param, mes
         ({"quality": "hd"}, "quality: "),
         ({"guidance_scale": -1}, "guidance_scale: "),
         ({"output_format": "webp"}, "output_format: "),
-        ({"stream": True}, "stream: "),
+        ({"stream": "yes"}, "stream: "),
+        ({"partial_images": 2}, "partial_images has a meaning with stream only"),
+        ({"stream": True, "partial_images": 21}, "less than or equal to 20"),
     ],
 )
 def test_refusals_of_pictures(quick_server, fields, message):
     reply = quick_server.post(IMAGES, {"prompt": "seven", **fields})
     assert reply.status == 400
     assert message in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": " "}, "prompt", "the prompt is empty"),
+        ({"prompt": ["a", "b"]}, "prompt", "string"),
+        ({"prompt": "x" * 200_001}, "prompt", "200001 characters, at most 200000"),
+        ({"prompt": "![a](data:image/png;base64,AAAA)"}, "prompt, picture 1", "not one"),
+        ({"prompt": "![a](data:image/png;base64,AAAA)" * 9}, "prompt", "9 pictures were given, at most 8"),
+        ({"prompt": "![a](data:image/png;base64,A===)"}, "prompt, picture 1", "base64 is malformed"),
+        ({"echo": True}, "echo", "should be False"),
+        ({"suffix": "x"}, "suffix", "suffix: "),
+        ({"n": 2}, "n", "should be 1"),
+        ({"messages": []}, "messages", "unknown or unsupported"),
+        ({"max_tokens": 2049}, "max_tokens", "beyond the limit"),
+        ({"preview_every": 1}, "preview_every", "with stream only"),
+        ({"stream": True, "preview_every": -1}, "preview_every", "greater than or equal to 0"),
+        ({"model": "gpt-4"}, "model", "does not exist"),
+    ],
+)  # fmt: skip
+def test_refusals_of_documents(quick_server, fields, param, message):
+    reply = quick_server.post(COMPLETIONS, {"model": MODEL, "prompt": "One", **fields})
+    assert reply.status == (404 if param == "model" else 400)
+    assert message in reply.error["message"]
+    assert reply.error["param"] == param
 
 
 @pytest.mark.parametrize(
