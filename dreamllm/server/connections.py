@@ -25,6 +25,7 @@ class Connection(H11Protocol):
         if len(self.connections) > self._limits.max_connections:
             transport.abort()
             return
+        transport.set_write_buffer_limits(high=0)  # writing is paused, and counted, while anything is unsent
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
