@@ -20,7 +20,8 @@ from dreamkernels.version import __version__
 from dreamllm.data.command import build, index
 from dreamllm.data.latent_command import encode_latents, packing
 from dreamllm.evaluation.command import evaluate
-from dreamllm.inference.command import chat, generate
+from dreamllm.generation.command import generate
+from dreamllm.inference.command import chat
 from dreamllm.inspection.command import inspect as inspect_data
 from dreamllm.model.command import assemble, convert
 from dreamllm.monitoring.command import report

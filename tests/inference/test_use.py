@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dreamllm.documents import REWRITING, Document, End, PictureError, Text
+from dreamllm.generation.command import generate
 from dreamllm.inference import Dialogue, DrawingOptions, GenerationOptions, command, load
 from dreamllm.inference.terminal import UPPER_HALF, describe, half_blocks, printable
 from dreamllm.model import CheckpointError
@@ -223,7 +224,7 @@ def test_missing_shards_of_weights_are_named(folder, tmp_path):
 
 def test_generate_prints_the_text_and_writes_a_page(folder, tmp_path, capsys, assistant):
     out = tmp_path / "new" / "page.html"
-    answer = command.generate("Write", folder, out, pictures="force", max_new_tokens=4, max_pictures=1, seed=3)
+    answer = generate(folder, "Write", out, pictures="force", max_new_tokens=4, max_pictures=1, seed=3)
     printed = capsys.readouterr()
     assert printed.out.startswith("[picture 1] ")
     assert f"Wrote {out}" in printed.err
@@ -235,21 +236,21 @@ def test_generate_prints_the_text_and_writes_a_page(folder, tmp_path, capsys, as
 
 
 def test_generate_raw_and_draw(folder, assistant, tmp_path):
-    raw = command.generate("Write", folder, raw=True, max_new_tokens=4, pictures="forbid")
+    raw = generate(folder, "Write", raw=True, max_new_tokens=4, pictures="forbid")
     assert raw.token_ids == assistant.write_document("Write", options=GenerationOptions(4, pictures="forbid")).token_ids
-    drawn = command.generate("license", folder, tmp_path / "a.png", draw=True, seed=5, steps=3)
+    drawn = generate(folder, "license", tmp_path / "a.png", draw=True, seed=5, steps=3)
     expected = assistant.text_to_image("license", 5, DrawingOptions(steps=3, scheduler="ddim", guidance_scale=2.0))
     assert drawn.pictures[0].tobytes() == expected.tobytes() == Image.open(tmp_path / "a.png").tobytes()
 
 
 def test_generate_numbers_several_pictures(folder, tmp_path, capsys):
-    command.generate("license", folder, tmp_path / "a.png", draw=True, candidates=2)
+    generate(folder, "license", tmp_path / "a.png", draw=True, candidates=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1.png", "a-2.png"]
     assert capsys.readouterr().out == "[picture 1] [picture 2]\n"
 
 
 def test_generate_shows_images_to_the_model(folder, picture_file, assistant):
-    answer = command.generate("What?", folder, images=[picture_file], pictures="forbid", max_new_tokens=4)
+    answer = generate(folder, "What?", images=[picture_file], pictures="forbid", max_new_tokens=4)
     expected = assistant.chat(
         "<image> What?", [picture_file], options=GenerationOptions(max_new_tokens=4, pictures="forbid")
     )
@@ -272,7 +273,7 @@ def test_generate_shows_images_to_the_model(folder, picture_file, assistant):
 def test_generate_refuses(folder, monkeypatch, tmp_path, arguments, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
-        command.generate(**{"prompt": "Write", "model": folder, "max_new_tokens": 3} | arguments)
+        generate(**{"prompt": "Write", "model": folder, "max_new_tokens": 3} | arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -328,9 +329,14 @@ def test_chat_saves_and_names_created_pictures(monkeypatch, capsys, folder, tmp_
 
 def test_chat_shows_pictures_on_a_terminal_only(monkeypatch, capsys, folder, tmp_path):
     always_draws(monkeypatch)
+    monkeypatch.setenv("COLORTERM", "truecolor")
     assert UPPER_HALF not in talk(monkeypatch, capsys, folder, tmp_path, ["Draw"])
+    assert UPPER_HALF in talk(monkeypatch, capsys, folder, tmp_path, ["Draw"], show="blocks")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert UPPER_HALF in talk(monkeypatch, capsys, folder, tmp_path, ["Draw"])
+    assert UPPER_HALF not in talk(monkeypatch, capsys, folder, tmp_path, ["Draw"], show="none")
+    monkeypatch.delenv("COLORTERM")
+    assert UPPER_HALF not in talk(monkeypatch, capsys, folder, tmp_path, ["Draw"])
 
 
 def test_chat_survives_mistakes(monkeypatch, capsys, folder, tmp_path):

@@ -1,0 +1,1 @@
+"""`dreamllm generate`: one prompt from the command line, or many from a file."""
