@@ -195,6 +195,7 @@ def measure(model: Path, clients: int, seconds: float, max_queue: int, steps: in
         },
         "memory_bytes": {"first": memory.samples[0], "last": memory.samples[-1], "most": max(memory.samples)},
         "memory_growth": growth,
+        "memory_mib_every_ten_seconds": [sample >> 20 for sample in memory.samples[::10]],
         "exit_status": status,
     }
 

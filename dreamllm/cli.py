@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from dreamkernels.version import __version__
 from dreamllm.data.command import build, index
 from dreamllm.data.latent_command import encode_latents, packing
+from dreamllm.demo.command import demo
 from dreamllm.evaluation.command import evaluate
 from dreamllm.generation.command import generate
 from dreamllm.inference.command import chat
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Command | Group] = {
     "generate": Command(generate, ("prompt",)),
     "chat": Command(chat),
     "serve": Command(serve),
+    "demo": Command(demo),
     "evaluate": Command(evaluate, ("benchmark",)),
     "convert": Command(convert, ("out",)),
     "assemble": Command(assemble, ("out",)),

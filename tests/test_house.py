@@ -16,6 +16,7 @@ LAYERS = {
     "inspection": 3,
     "workloads": 3,
     "server": 3,
+    "demo": 4,
     "generation": 4,
     "monitoring": 4,
     "profiling": 4,

@@ -1,4 +1,5 @@
-"""Where the dream queries act in a picture: the UNet's cross-attention, recorded while it is drawn."""
+"""Where the dream queries look: at pictures of their prompt, in the decoder's attention, and where they act in the
+picture that follows, in the UNet's cross-attention, recorded while it is drawn."""
 
 from __future__ import annotations
 
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from dreamllm.documents import Document
+from dreamllm.documents import Document, load_picture
 from dreamllm.inference import DrawingOptions, Engine, draw
+from dreamllm.inference.conditions import evaluating
+from dreamllm.inference.prompts import Prompts
 
 CROSS_ATTENTION = "attn2.processor"
 
@@ -91,3 +95,48 @@ def dream_attention(
     with recorded_attention(engine.model.unet, len(prompts), (side, side)) as recorder:
         pictures = draw(engine.model, condition, null, together, seeds)
     return pictures, recorder.maps()
+
+
+@torch.no_grad()
+def reading_attention(engine: Engine, prompt: Document) -> Tensor:
+    """How much each dream query after a prompt looks at each patch of the prompt's pictures.
+
+    Returns maps float32 [N, Q, h, w] of N pictures and h x w patches: probabilities of the decoder's self-attention,
+    averaged over heads and layers. Over everything that a query sees they sum to 1; the rest goes to text and queries.
+
+    Raises `ValueError` for a prompt without pictures and one behind which no picture fits; `PictureError`.
+    """
+    if not prompt.pictures():
+        raise ValueError(f"{prompt.name or 'the prompt'} has no picture that dream queries could look at")
+    model, layout = engine.model, engine.layout
+    prompts = Prompts(model, engine.processor)
+    encoded = prompts.for_picture(prompt)
+    with evaluating(model):
+        (embeds,) = prompts.embed([(encoded, [load_picture(source) for source in encoded.images])])
+        embeds = torch.cat([embeds, prompts.dream_piece()])[None]
+        weights_QT = _attention_of_last(model.decoder, embeds, layout.num_dream_queries + 1)[:-1]
+    ids = torch.tensor(encoded.input_ids)
+    starts = (ids == layout.im_start).nonzero().flatten() + 1
+    side = isqrt(layout.tokens_per_image)
+    patches = [weights_QT[:, start : start + layout.tokens_per_image] for start in starts.tolist()]
+    return torch.stack(patches).unflatten(2, (side, side))
+
+
+def _attention_of_last(decoder: Any, embeds: Tensor, count: int) -> Tensor:
+    """Self-attention of the last `count` of T positions, [count, T] float32, averaged over heads and layers."""
+    length = embeds.shape[1]
+    positions = torch.arange(length, device=embeds.device)
+    states = decoder(inputs_embeds=embeds, output_hidden_states=True, use_cache=False).hidden_states
+    cos, sin = decoder.rotary_emb(embeds, positions[None])
+    hidden_after = positions[None] > positions[-count:, None]
+    total = torch.zeros(count, length, device=embeds.device)
+    for layer, hidden in zip(decoder.layers, states, strict=False):  # the last of the states are the result
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        heads = (*normed.shape[:2], -1, attention.head_dim)
+        query, key = (project(normed).view(heads).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        key = repeat_kv(key, query.shape[1] // key.shape[1])
+        scores = query[0, :, -count:].float() @ key[0].float().transpose(1, 2) * attention.scaling
+        total += scores.masked_fill(hidden_after, float("-inf")).softmax(-1).mean(0)
+    return total / len(decoder.layers)

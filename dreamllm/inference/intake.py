@@ -13,6 +13,9 @@ from dreamllm.inference.prompts import Prompts
 from dreamllm.inference.request import OnEvent, Request
 from dreamllm.model import DreamLLM, DreamLLMProcessor
 
+MOST_CHECKED = 1024
+"""Drawing options that are known to be possible."""
+
 
 class Intake:
     """Makes the requests of one engine."""
@@ -50,6 +53,8 @@ class Intake:
             self._pictures.check(drawing)
             if drawing.guided:
                 self._prompts.encode_null(drawing.negative_prompt)
+            if len(self._checked) >= MOST_CHECKED:  # clients choose them: a server would keep ever more
+                self._checked.clear()
             self._checked.add(drawing)
         encoded = self._prompts.encode(prompt)
         self._prompts.check_room(encoded, options)

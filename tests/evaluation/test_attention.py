@@ -1,13 +1,21 @@
 """Recording where the dream queries act changes nothing and records the truth."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from transformers import LlamaForCausalLM
 
-from dreamllm.documents import Document, Text
-from dreamllm.evaluation.attention import CrossAttentionRecorder, dream_attention, recorded_attention
+from dreamllm.documents import Document, Picture, Text
+from dreamllm.evaluation.attention import (
+    CrossAttentionRecorder,
+    dream_attention,
+    reading_attention,
+    recorded_attention,
+)
 from dreamllm.inference import DrawingOptions, Engine, draw
-from tests.tiny import NUM_QUERIES, tiny_model
+from tests.tiny import NUM_QUERIES, random_picture, tiny_model
 
 DRAWING = DrawingOptions(steps=3, guidance_scale=2.0, scheduler="ddim")
 
@@ -62,3 +70,30 @@ def test_the_unet_is_as_before_even_after_an_error(engine):
 def test_nothing_drawn_is_an_error(engine):
     with recorded_attention(engine.model.unet, 1, (8, 8)) as recorder, pytest.raises(ValueError, match="nothing was"):
         recorder.maps()
+
+
+def test_reading_attention_is_that_of_transformers(engine):
+    """Of a stock LLaMA with the same weights, whose eager attention returns its probabilities."""
+    model, layout = engine.model, engine.layout
+    pictures = [random_picture(1), random_picture(2)]
+    parts = [Text("The "), *(Picture(picture, comprehension=True) for picture in pictures), Text(" license")]
+    document = Document(tuple(parts), "error")
+    ids = torch.tensor([*engine.processor.encode(document).input_ids, *layout.dream_ids()])
+    patches = (ids == layout.im_patch).nonzero().flatten()
+    read, queries = patches[:-NUM_QUERIES].view(2, -1), patches[-NUM_QUERIES:]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        embeds[read] = model.encode_images(engine.processor.vision(pictures))
+        embeds[queries] = model.dream_queries
+        config = copy.deepcopy(model.config.text_config)
+        stock = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+        stock.load_state_dict(model.language_model.state_dict())
+        found = torch.cat(stock.model(inputs_embeds=embeds[None], output_attentions=True).attentions)
+    expected = found.mean((0, 1))[queries][:, read]
+    maps = reading_attention(engine, document)
+    torch.testing.assert_close(maps.flatten(2), expected.transpose(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_prompt_without_pictures_is_not_read_so(engine):
+    with pytest.raises(ValueError, match="has no picture that dream queries could look at"):
+        reading_attention(engine, Document((Text("a license"),)))

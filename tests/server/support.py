@@ -157,13 +157,15 @@ def serving(
     fetcher: Fetcher | None = None,
     max_queue: int = 8,
     log_prompts: bool = False,
+    add_routes: Callable = lambda app, service: None,
 ) -> Iterator[Address]:
     """A server on a thread of this process, which ends when the block does."""
     served = served or Served(MODEL, chat_template("plain"), DrawingOptions(), 8)
     service = Service(backend, served, limits or Limits(), max_queue, fetcher, log_prompts)
     listening = listen("127.0.0.1", 0)
     ready = threading.Event()
-    server = Server(create_app(service, keys), service, ready.set)
+    app = create_app(service, keys, lambda app: add_routes(app, service=service))
+    server = Server(app, service, ready.set)
     address = Address(listening.getsockname()[1], service, server)
 
     def run() -> None:

@@ -9,7 +9,18 @@ import socket
 import pytest
 
 from dreamllm.server import EngineBackend, Limits
-from tests.server.support import CHAT, IMAGES, PATIENCE, chat, encoded, image_part, serving, text_part
+from tests.server.support import (
+    CHAT,
+    COMPLETIONS,
+    IMAGES,
+    PATIENCE,
+    chat,
+    data_url,
+    encoded,
+    image_part,
+    serving,
+    text_part,
+)
 from tests.tiny import random_picture
 
 LIMITS = Limits(
@@ -23,6 +34,15 @@ def valid(rng):
     if rng.random() < 0.3:
         return IMAGES, {"prompt": "seven", "n": 1, "size": "8x8", "seed": 3, "steps": 1, "guidance_scale": 2.0}
     kind = rng.choice(KINDS)
+    if rng.random() < 0.2:
+        prompt = f"One ![x]({data_url(encoded(random_picture(rng.randrange(99)), kind), kind.lower())}) two"
+        return COMPLETIONS, {
+            "model": "scripted",
+            "prompt": prompt,
+            "max_tokens": 2,
+            "stream": False,
+            "pictures": "forbid",
+        }
     picture = image_part(encoded(random_picture(rng.randrange(99)), kind), kind.lower())
     messages = chat([text_part("What is"), picture, text_part("this?")], "A digit.", "And now?")["messages"]
     drawing = {"steps": 1, "scheduler": "ddim", "size": 8}

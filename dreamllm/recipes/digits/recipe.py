@@ -21,6 +21,7 @@ from dreamllm.planning import peak_flops
 from dreamllm.recipes.components import write_start
 from dreamllm.recipes.digits import documents
 from dreamllm.recipes.digits.components import ComponentConfig, pretrain_components
+from dreamllm.recipes.digits.examples import write_examples
 from dreamllm.training import RunConfig, RunSettings, StageConfig, claim_folder, make_folder, processes
 from dreamllm.training import run as run_stages
 from dreamllm.training.progress import quiet_transformers, say
@@ -102,6 +103,7 @@ def run(
         model = run_stages(run_config, console, peak=peak_flops)
 
         def judge() -> None:
+            write_examples(model, unseen)
             evaluation = evaluate(model, train, unseen, out, console)
             report = write_report(out)
             _summarise(evaluation, report, model, time.perf_counter() - started, console)

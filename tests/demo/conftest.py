@@ -1,0 +1,3 @@
+from tests.server.conftest import backend
+
+__all__ = ["backend"]
