@@ -82,7 +82,9 @@ def test_a_run_with_adapters_resumes_with_the_same_bits(root, tmp_path):
     [
         (2, {"sharding": "full", "shard_frozen_above_mib": 0}),
         pytest.param(2, {"sharding": "none"}, marks=pytest.mark.slow),
-        (2, {"sharding": "grad_op", "precision": "bfloat16", "shard_frozen_above_mib": 0}),
+        pytest.param(
+            2, {"sharding": "grad_op", "precision": "bfloat16", "shard_frozen_above_mib": 0}, marks=pytest.mark.slow
+        ),
         pytest.param(4, {"sharding": "hybrid", "shard_size": 2, "precision": "bfloat16"}, marks=pytest.mark.slow),
     ],
 )

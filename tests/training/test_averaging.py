@@ -41,7 +41,9 @@ def weight_of(settings: EmaSettings, step: int, last: int) -> float:
     return own * float(torch.tensor(kept[step:], dtype=torch.float64).prod())
 
 
-@pytest.mark.parametrize("ema", [EmaSettings(0.9), EmaSettings(0.7, warmup=False)])
+@pytest.mark.parametrize(
+    "ema", [EmaSettings(0.9), pytest.param(EmaSettings(0.7, warmup=False), marks=pytest.mark.slow)]
+)
 def test_the_average_is_the_sum_of_all_parameters_so_far_with_their_weights(root, tmp_path, ema):
     watcher = Watcher()
     run(config(root, tmp_path, ema=ema), Console(file=io.StringIO()), lambda main: [watcher])
