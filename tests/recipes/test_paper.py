@@ -75,6 +75,16 @@ def test_a_dry_run_needs_nothing_and_says_everything(capsys):
     assert re.search(rf"language_model +{layers / 1e6:,.2f} +trained", text)
 
 
+def test_a_dry_run_counts_adapters_and_says_that_it_does_not_plan_them(capsys):
+    main(["train", "stage3", "--dry-run", "--lora.rank", "16"])
+    text = capsys.readouterr().out
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    adapters = 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert re.search(rf"language_model +{layers / 1e6:,.2f} +frozen", text)
+    assert re.search(rf"adapters +{adapters / 1e6:,.2f} +trained", text)
+    assert "the planner does not know adapters" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
