@@ -12,18 +12,12 @@ from dreamllm.server.schemas import ChatDrawing, Drawing, Writing
 from dreamllm.server.service import Served
 
 DEFAULT_NEW_TOKENS = 512
-LEAST_TEMPERATURE = 1e-4
-"""Below it the most likely token is taken: logits over less overflow."""
-LEAST_TOP_P = 1e-6
-"""The most likely token alone reaches it in any vocabulary; less would be 0 in single precision."""
 
 
 def writing_options(request: Writing, served: Served, limits: Limits) -> GenerationOptions:
     """Raises `ApiError` for values that exclude each other and those beyond the limits."""
     drawing = request.drawing or ChatDrawing()
     temperature = request.temperature or 0.0
-    if temperature < LEAST_TEMPERATURE:
-        temperature = 0.0
     pictures = request.pictures or "allow"
     most_pictures = limits.max_pictures_out if request.max_pictures is None else request.max_pictures
     if most_pictures > limits.max_pictures_out:
@@ -36,7 +30,7 @@ def writing_options(request: Writing, served: Served, limits: Limits) -> Generat
         pictures=pictures,
         temperature=temperature,
         # The most likely token is the same among fewer, so that clients may send these with temperature 0.
-        top_p=max(request.top_p or 1.0, LEAST_TOP_P) if temperature else 1.0,
+        top_p=(request.top_p or 1.0) if temperature else 1.0,
         top_k=(request.top_k or 0) if temperature else 0,
         stop=_stops(request.stop),
         seed=any_seed(request.seed),
