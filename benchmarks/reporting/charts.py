@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from math import atan2, ceil, degrees, floor, log10
 
@@ -14,7 +15,8 @@ from dreamllm.inference.page import escape
 
 WIDTH = 760
 BARS_WIDTH, BAR, GAP, LABEL, VALUE = 520, 14, 12, 172, 46  # narrow enough to be read on a phone
-ROOFLINE_HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 58, 16, 14, 44
+LETTER, BOLD_LETTER = 6.7, 7.4  # mean widths at the charts' font size
+ROOFLINE_HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 58, 24, 14, 44
 # Middle lightness, so that they stand out on a light and on a dark page.
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b65fc4", "#c9504a", "#1f9fb0", "#8f8a1f", "#8a7a6d")
 SHAPES = ("circle", "square", "diamond")
@@ -26,18 +28,21 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
     if not ratios:
         return ""
     low, high = _decade_part(min([*ratios, 1.0]), floor), _decade_part(max([*ratios, 2.0]), ceil)
+    labels = max(LABEL, 12 + LETTER * max(len(peer) for case in cases for peer in case.peers))
+    width = round(BARS_WIDTH + labels - LABEL)
 
     def x(ratio: float) -> float:
-        return LABEL + (BARS_WIDTH - LABEL - VALUE) * (log10(ratio) - log10(low)) / (log10(high) - log10(low))
+        return labels + (width - labels - VALUE) * (log10(ratio) - log10(low)) / (log10(high) - log10(low))
 
     mixed = len({case.caches for case in cases}) > 1
     parts, y = [], float(TOP)
     for case in cases:
         if not case.peers:
             continue
-        y += 14
         label = f"{case.label}, {case.caches or 'unknown'} caches" if mixed else case.label
-        parts.append(f'<text class="case" x="0" y="{y:.0f}">{escape(label)}</text>')
+        for line in textwrap.wrap(label, int(width / BOLD_LETTER)):
+            y += 14
+            parts.append(f'<text class="case" x="0" y="{y:.0f}">{escape(line)}</text>')
         y += 5
         for peer in case.peers:
             ratio = case.times_as_fast_as(peer)
@@ -45,7 +50,7 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
             value = f'x="{max(right, x(1)) + 5:.1f}" y="{y + 10:.0f}"'
             style = "bar" if ratio >= 1 else "bar slower"
             parts.append(
-                f'<text x="{LABEL - 8}" y="{y + 10:.0f}" text-anchor="end">{escape(peer)}</text>'
+                f'<text x="{labels - 8:.0f}" y="{y + 10:.0f}" text-anchor="end">{escape(peer)}</text>'
                 f'<rect class="{style}" x="{left:.1f}" y="{y:.0f}" width="{right - left:.1f}" height="{BAR - 2}"/>'
                 f'<text class="value" {value}>{times(ratio)}</text>'
             )
@@ -62,7 +67,7 @@ def bar_chart(cases: Sequence[RecordedCase]) -> str:
         for tick in _decade_ticks(low, high)
     ]
     title = f"{cases[0].operator}: times as fast as each peer"
-    return _svg(bottom + 20, title, [*grid, *parts], BARS_WIDTH, "chart bars")
+    return _svg(bottom + 20, title, [*grid, *parts], width, "chart bars")
 
 
 def roofline(record: Record) -> tuple[str, str] | None:
@@ -91,16 +96,21 @@ def roofline(record: Record) -> tuple[str, str] | None:
 
     parts = _log_axes(x, y, (x_low, x_high), (y_low, y_high))
     peak = max(record.matmul_gflops.values(), default=y_high)
+    names = []  # over everything else
     speeds = [("fastest copy", copies[-1], "limit"), ("median copy", statistics.median(copies), "limit usual")]
     for title, speed, style in speeds if copies else []:
         begin, end = max(x_low, y_low / speed), min(x_high, peak / speed)
         if begin < end:
             label = f"{title}, {speed:.3g} GB/s"
-            parts.append(_limit(x, y, (begin, begin * speed), (end, end * speed), label, style))
+            line, name = _limit(x, y, (begin, begin * speed), (end, end * speed), label, style)
+            parts.append(line)
+            names.append(name)
     for dtype, gflops in record.matmul_gflops.items():
         begin = min(x_high, max(x_low, gflops / copies[-1])) if copies else x_low
         label = f"matrix product {dtype}, {gflops:.4g} GFLOP/s"
-        parts.append(_limit(x, y, (begin, gflops), (x_high, gflops), label, "limit"))
+        line, name = _limit(x, y, (begin, gflops), (x_high, gflops), label, "limit")
+        parts.append(line)
+        names.append(name)
     operators = list(dict.fromkeys(case.operator for case in cases))
     marks = {
         name: (COLOURS[i % len(COLOURS)], SHAPES[i // len(COLOURS) % len(SHAPES)]) for i, name in enumerate(operators)
@@ -117,7 +127,7 @@ def roofline(record: Record) -> tuple[str, str] | None:
         f" {escape(name)}</span>"
         for name in operators
     )
-    svg = _svg(ROOFLINE_HEIGHT, f"Roofline of {record.name}: GFLOP/s over operations per byte", parts)
+    svg = _svg(ROOFLINE_HEIGHT, f"Roofline of {record.name}: GFLOP/s over operations per byte", [*parts, *names])
     return svg, f'<div class="legend">{legend}</div>'
 
 
@@ -145,9 +155,11 @@ def trend_chart(trend: Trend) -> str:
         for (a, b), (commit, date, ratio) in zip(spots, trend.points, strict=True)
     ]
     (first, first_date, _), (last, last_date, ratio) = trend.points[0], trend.points[-1]
+    # Days where they differ; records of one day are told apart by their commits.
+    begin, end = (first, last) if first_date == last_date else (first_date, last_date)
     parts += [
-        f'<text x="{left}" y="{height - 8}">{escape(first_date)}</text>'
-        f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{escape(last_date)}</text>'
+        f'<text x="{left}" y="{height - 8}">{escape(begin)}</text>'
+        f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{escape(end)}</text>'
         f'<text class="value" x="{spots[-1][0] + 6:.1f}" y="{spots[-1][1] + 3.5:.1f}">{times(ratio)}</text>'
     ]
     return _svg(height, f"{trend.operator} from {first} to {last}", parts, width)
@@ -199,16 +211,17 @@ def _log_axes(x, y, x_range: tuple[float, float], y_range: tuple[float, float]) 
     return parts
 
 
-def _limit(x, y, begin: tuple[float, float], end: tuple[float, float], label: str, style: str) -> str:
+def _limit(x, y, begin: tuple[float, float], end: tuple[float, float], label: str, style: str) -> tuple[str, str]:
+    """A line and its name."""
     (x1, y1), (x2, y2) = (x(begin[0]), y(begin[1])), (x(end[0]), y(end[1]))
     line = f'<path class="{style}" d="M{x1:.1f},{y1:.1f}L{x2:.1f},{y2:.1f}"/>'
     if y1 == y2:
-        return f'{line}<text x="{x2 - 4:.1f}" y="{y2 - 5:.1f}" text-anchor="end">{escape(label)}</text>'
-    # The dashed line's label stands below it and further along, so that two close lines keep their labels apart.
-    part, below = (0.35, 13) if "usual" in style else (0.06, -5)
-    at = f"translate({x1 + part * (x2 - x1):.1f} {y1 + part * (y2 - y1) + below:.1f})"
+        return line, f'<text class="name" x="{x2 - 4:.1f}" y="{y2 - 5:.1f}" text-anchor="end">{escape(label)}</text>'
+    # Where the lines begin there are the fewest points; the dashed line's name stands below it.
+    below = 15 if "usual" in style else -5
+    at = f"translate({x1 + 0.06 * (x2 - x1):.1f} {y1 + 0.06 * (y2 - y1) + below:.1f})"
     turned = f"rotate({degrees(atan2(y2 - y1, x2 - x1)):.1f})"
-    return f'{line}<text transform="{at} {turned}">{escape(label)}</text>'
+    return line, f'<text class="name" transform="{at} {turned}">{escape(label)}</text>'
 
 
 def _mark(x: float, y: float, colour: str, shape: str, filled: bool, title: str) -> str:

@@ -54,6 +54,8 @@ def _git(folder: Path, *arguments: str) -> str:
         found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise RuntimeError("git is not installed") from error
+    if "not a git repository" in found.stderr:
+        raise RuntimeError("the record lies in no git repository")
     if found.returncode:
         raise RuntimeError(found.stderr.strip().splitlines()[0] if found.stderr.strip() else "git failed")
     return found.stdout

@@ -62,7 +62,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 .chart { width: 100%; min-width: 38rem; height: auto; display: block; font: 11px var(--label); fill: var(--muted); }
 .chart.bars { min-width: 0; max-width: 44rem; font-size: 12px; }
 .chart .grid { stroke: var(--line); } .chart .one { stroke: var(--muted); }
-.chart .case { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+.chart .case, .chart .name { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .chart .bar { fill: var(--accent); opacity: 0.75; } .chart .slower { fill: var(--bad); }
 .chart .value, .chart .case { fill: var(--ink); font-weight: 600; } .chart .dot { fill: var(--accent); }
 .chart path { fill: none; stroke: var(--accent); stroke-linejoin: round; stroke-width: 1.6; }

@@ -51,7 +51,7 @@ def summary(record: Record) -> Table:
             if ratios:
                 figures = (geometric_mean(ratios), min(ratios), max(ratios))
                 rows.append([f"{operator}, {peer}", str(len(ratios)), *map(times, figures)])
-    return Table(["times as fast as", "cases", "geometric mean", "least", "greatest"], rows)
+    return Table(["ours, times as fast as", "cases", "geometric mean", "least", "greatest"], rows)
 
 
 def operator_table(cases: Sequence[RecordedCase]) -> Table:
@@ -79,17 +79,20 @@ def operator_table(cases: Sequence[RecordedCase]) -> Table:
 
 
 def extrapolated_table(record: Record) -> Table:
-    """What the run extrapolated: per sample, or per call where cases count none; and from what."""
+    """What the run extrapolated, and from what: per sample, or per call where cases count none."""
     rows = []
     for case in record.extrapolations:
-        ours = next(iter(case["contenders"].values()))
+        ours, (few, many) = next(iter(case["contenders"].values())), case["counts"]
         for name, values in case["contenders"].items():
             seconds = values.get("seconds_per_sample", values["median_us"] / 1e6)
             least, most = (seconds * us / values["median_us"] for us in values["least_and_most_us"])
             ratio = NOTHING if values is ours else times(values["median_us"] / ours["median_us"])
             cells = f"{1e3 * seconds:,.1f}", f"{1e3 * least:,.1f} to {1e3 * most:,.1f}", ratio
-            rows.append([f"{case['operator']} {case['case']}: {name}", case["how"], *cells])
-    return Table(["case", "how", "ms per sample", "by the measurements' spread", "ours is as fast"], rows)
+            measured = f"{few} and {many} of {case['whole']} {case['unit']}"
+            rows.append([f"{case['operator']}, {name}: {case['case']}", measured, *cells])
+    return Table(
+        ["extrapolated, not measured", "measured with", "ms per sample", "from ... to", "ours, times as fast"], rows
+    )
 
 
 def absent_peers(cases: Sequence[RecordedCase]) -> list[str]:

@@ -111,9 +111,10 @@ def test_what_was_extrapolated_is_shown_apart_and_called_so(tmp_path):
     page = Page(html)
     assert "Extrapolated, not measured" in page.texts
     assert "### Extrapolated, not measured" in markdown
-    rows = [row for row in markdown.splitlines() if "extrapolated, not measured: to 32 layers on the straight" in row]
+    assert "extrapolated, not measured" in page.texts  # of the figures' own column
+    rows = [row for row in markdown.splitlines() if "2 and 6 of 32 layers" in row]
     assert [row.split("|")[-2].strip() for row in rows] == ["-", "3.00x"]
-    assert "7b stage2 8 documents: ours" in page.cells
+    assert "7b stage2, ours: 8 documents" in page.cells
     measured = parse_record("r", json.dumps(record)).cases
     assert {case.label for case in measured if case.operator == "7b stage2"} == {
         "2 of 32 layers, 8 documents",
