@@ -282,9 +282,14 @@ def _pixels(picture: Image.Image) -> Tensor:
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
+MOST_SHAPES = 64
+
+
 def compile_heavy(pattern: OriginalPattern) -> OriginalPattern:
     """Compiles, in place, the modules where the pattern's time goes: layers of the decoder and of CLIP, and the UNet's
     and the VAE's residual and transformer blocks. Whole models would take many minutes on a CPU."""
+    # A UNet's blocks come in more shapes than dynamo compiles by default; the others would silently run eagerly.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     heavy = {"LlamaDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D", "BasicTransformerBlock"}
     for module in pattern.modules():
         if type(module).__name__ in heavy:
