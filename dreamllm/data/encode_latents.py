@@ -29,7 +29,7 @@ from dreamllm.data.latents import LatentIdentity, picture_key
 from dreamllm.data.preparation import picture_reason
 from dreamllm.data.problems import BadSampleError, Problem, ProblemLog
 from dreamllm.data.reader import Reader
-from dreamllm.data.workers import prepare_worker
+from dreamllm.data.workers import START_METHOD, prepare_worker
 from dreamllm.documents import PictureError, PictureSource, load_picture
 from dreamllm.model.codec import encode_moments, vae_fingerprint
 
@@ -210,6 +210,7 @@ def _found(pictures: _Pictures, documents: range, settings: EncodeSettings) -> I
         sampler=documents,
         num_workers=settings.workers,
         worker_init_fn=prepare_worker,
+        multiprocessing_context=START_METHOD if settings.workers else None,
     )
 
 

@@ -23,7 +23,7 @@ from dreamllm.data.plans import BatchPlan, LaneState, LoaderState
 from dreamllm.data.preparation import Encoder, Prepared
 from dreamllm.data.problems import Problem, TooManyBadSamplesError
 from dreamllm.data.samples import Samples
-from dreamllm.data.workers import prepare_worker
+from dreamllm.data.workers import START_METHOD, prepare_worker
 from dreamllm.documents import PackedBatch
 from dreamllm.documents.batch import null_sequence
 
@@ -252,7 +252,9 @@ def load_steps(
     start = start.of(lanes)
     plans = _Plans(batches, start, of, None if steps is None else start.step + steps)
     # A process of its own: tokenising texts would hold up the steps of this one.
-    apart = DataLoader(plans, batch_size=None, num_workers=1, worker_init_fn=prepare_worker)
+    apart = DataLoader(
+        plans, batch_size=None, num_workers=1, worker_init_fn=prepare_worker, multiprocessing_context=START_METHOD
+    )
     loader = DataLoader(
         _Guarded(batches),
         batch_size=None,
@@ -260,6 +262,7 @@ def load_steps(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
+        multiprocessing_context=START_METHOD if workers else None,
     )
     step = []
     for item in loader:

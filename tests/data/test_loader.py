@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+
 import pytest
 import torch
 
@@ -66,6 +70,27 @@ def test_workers_and_starting_point_do_not_change_a_batch(tmp_path, processor, k
             assert_equal(a.batch, b.batch)
     for a, b in zip(straight[5:], loaded(made, 5, 8, workers=1), strict=True):
         assert_equal(a.batch, b.batch)
+
+
+class Parents(DocumentList):
+    """Documents named after the parent of the process that makes them."""
+
+    def document(self, index: int, epoch: int = 0) -> Document:
+        return Document((Text("x"), End()), name=str(os.getppid()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@pytest.mark.parametrize("settings", [{"documents_per_batch": 2}, {"tokens_per_batch": 256, "look_ahead": 2}])
+def test_workers_are_children_of_the_process_that_they_work_for(processor, settings):
+    """Also where Python starts others from a server: a worker of which that is the parent outlives a killed process."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        made = Batches(Mixture([Part(Parents([None] * 4, "parents"))], 0), processor, LoaderSettings(**settings))
+        for loaded_batch in loaded(made, 0, 3, workers=2):
+            assert set(loaded_batch.batch.names) == {str(os.getpid())}
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_the_empty_prompt_is_appended_on_request(tmp_path, processor):
