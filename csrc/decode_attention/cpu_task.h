@@ -51,7 +51,7 @@ struct TileRows {
   int count;
 
   TileRows(const Job& job, int64_t sequence, int64_t kv_head, int64_t first, int64_t end)
-      : count(static_cast<int>(std::min<int64_t>(kTileKeys, end - first))) {
+      : count(static_cast<int>(std::clamp<int64_t>(end - first, 0, kTileKeys))) {
     for (int k = 0; k < count; ++k) {
       const int64_t page = job.paging.page_of(sequence, first + k), slot = job.paging.slot_of(first + k);
       keys[k] = static_cast<const E*>(job.k_cache) + job.k_strides.offset(page, slot, kv_head);

@@ -29,12 +29,21 @@ DK_INLINE float dot_of_rows(const float* q, const E* k, int width) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// out = out * factor + sum over keys of p[k] values[k]
+// Rows of one head lie far from each other, a page of memory or more, which the processor does not foresee: it is told.
 template <class E>
-DK_INLINE void add_values(float* out, float factor, const float* p, const E* const* values, int begin, int end, int width) {
+DK_INLINE void prefetch(const E* row, int elements) {
+  constexpr int line = 64 / sizeof(E);
+  for (int d = 0; d < elements; d += line) __builtin_prefetch(row + d);
+}
+
+// out = out * factor + sum over keys of p[k] values[k]. `next`: as many rows that are wanted after this as `coming` says.
+template <class E>
+DK_INLINE void add_values(float* out, float factor, const float* p, const E* const* values, int begin, int end, int width,
+                          const E* const* next, int coming) {
   auto step = [&](int64_t d, auto extent, auto vectors) __attribute__((always_inline)) {
     Vec sums[vectors];
     for (int k = begin; k < end; ++k) {
+      if (k < coming) prefetch(next[k] + d, static_cast<int>(vectors * Vec::width));
       const Vec weight(p[k]);
       for (int i = 0; i < vectors; ++i) sums[i] = fma(weight, load(values[k] + d + i * Vec::width, extent), sums[i]);
     }
@@ -61,8 +70,10 @@ void attend_few_rows(const Task& task, float* workspace) {
       store(out + r * width + d, Vec(), extent);
     });
   }
+  TileRows<E> next(job, task.sequence, task.kv_head, task.part.begin, task.part.end);
   for (int64_t first = task.part.begin; first < task.part.end; first += kTileKeys) {
-    const TileRows<E> tile(job, task.sequence, task.kv_head, first, task.part.end);
+    const TileRows<E> tile = next;
+    next = TileRows<E>(job, task.sequence, task.kv_head, first + kTileKeys, task.part.end);
     for (int r = 0; r < rows; ++r) {
       const KeyRange seen = task.seen_by(r);
       const int begin = static_cast<int>(std::clamp<int64_t>(seen.begin - first, 0, tile.count));
@@ -71,6 +82,7 @@ void attend_few_rows(const Task& task, float* workspace) {
       float p[kTileKeys];
       float highest = maximum[r];
       for (int k = begin; k < end; ++k) {
+        if (r == 0) prefetch(tile.values[k], width);
         p[k] = capped(dot_of_rows(queries + r * width, tile.keys[k], width), job);
         highest = std::max(highest, p[k]);
       }
@@ -83,7 +95,7 @@ void attend_few_rows(const Task& task, float* workspace) {
       store(factor, exp(Vec(maximum[r] - highest)), Full{});
       total[r] = total[r] * factor[0] + sum(sums);
       maximum[r] = highest;
-      add_values(out + r * width, factor[0], p, tile.values, begin, end, width);
+      add_values(out + r * width, factor[0], p, tile.values, begin, end, width, next.keys, r == 0 ? next.count : 0);
     }
   }
   for (int r = 0; r < rows; ++r) {

@@ -33,11 +33,9 @@ struct Statistics {
   double rstd;
 };
 
-// Two passes over a row in the first-level cache: the squares are of differences, so a large mean does not cancel. The second pass
-// also finds what the first one's sum was rounded by.
 template <class E>
-DK_INLINE Statistics statistics_of_row(const E* x, int64_t width, double eps) {
-  Vec values[4], differences[4], squares[4];
+DK_INLINE float mean_of_row(const E* x, int64_t width) {
+  Vec values[4];
   for_each_two(
       width,
       [&](int64_t i, int k) __attribute__((always_inline)) {
@@ -46,7 +44,20 @@ DK_INLINE Statistics statistics_of_row(const E* x, int64_t width, double eps) {
         values[k + 1] = values[k + 1] + v.b;
       },
       [&](int64_t i, auto extent) __attribute__((always_inline)) { values[0] = values[0] + load(x + i, extent); });
-  const float mean = static_cast<float>(total(values) / static_cast<double>(width));
+  return static_cast<float>(total(values) / static_cast<double>(width));
+}
+
+DK_INLINE Statistics statistics(float mean, const Vec (&differences)[4], const Vec (&squares)[4], int64_t width, double eps) {
+  const double count = static_cast<double>(width), rest = total(differences) / count;
+  return {mean, rest, 1.0 / std::sqrt(total(squares) / count - rest * rest + eps)};
+}
+
+// Two passes over a row in the first-level cache: the squares are of differences, so a large mean does not cancel. The second pass
+// also finds what the first one's sum was rounded by.
+template <class E>
+DK_INLINE Statistics statistics_of_row(const E* x, int64_t width, double eps) {
+  Vec differences[4], squares[4];
+  const float mean = mean_of_row(x, width);
   for_each_two(
       width,
       [&](int64_t i, int k) __attribute__((always_inline)) {
@@ -62,8 +73,7 @@ DK_INLINE Statistics statistics_of_row(const E* x, int64_t width, double eps) {
         differences[0] = differences[0] + d;
         squares[0] = fma(d, d, squares[0]);
       });
-  const double count = static_cast<double>(width), rest = total(differences) / count;
-  return {mean, rest, 1.0 / std::sqrt(total(squares) / count - rest * rest + eps)};
+  return statistics(mean, differences, squares, width, eps);
 }
 
 template <class E>
@@ -95,30 +105,43 @@ struct RowFactors {
   Vec mean, r, offset, g_mean, projection;  // n = (x - mean) r + offset; projection: mean(g n)
 };
 
-template <class E>
-DK_INLINE RowFactors factors_of_row(const E* grad_y, const E* x, const E* weight, int64_t width, double eps) {
-  const Statistics statistics = statistics_of_row(x, width, eps);
-  const Vec mean(statistics.mean);
-  Vec gradients[4], products[4];
-  for_each_two(
-      width,
-      [&](int64_t i, int k) __attribute__((always_inline)) {
-        const Two v = load_two(x + i), grad = load_two(grad_y + i), w = load_two(weight + i);
-        const Vec a = grad.a * w.a, b = grad.b * w.b;
-        gradients[k] = gradients[k] + a;
-        gradients[k + 1] = gradients[k + 1] + b;
-        products[k] = fma(a, v.a - mean, products[k]);
-        products[k + 1] = fma(b, v.b - mean, products[k + 1]);
-      },
-      [&](int64_t i, auto extent) __attribute__((always_inline)) {
-        const Vec g = load(grad_y + i, extent) * load(weight + i, extent);  // zero beyond the row
-        gradients[0] = gradients[0] + g;
-        products[0] = fma(g, load(x + i, extent) - mean, products[0]);
-      });
-  const double count = static_cast<double>(width), r = statistics.rstd;
-  const double g_mean = total(gradients) / count, projection = (total(products) / count - g_mean * statistics.rest) * r;
-  return {mean, Vec(static_cast<float>(r)), Vec(static_cast<float>(-statistics.rest * r)), Vec(static_cast<float>(g_mean)),
-          Vec(static_cast<float>(projection))};
+// The second pass over x finds its sums and those of the gradient together. The means of all rows come first: the processor then works
+// on one row's sums while another's mean, which needs a few dozen cycles after its last element, is on its way.
+template <class E, int kRows>
+DK_INLINE void factors_of_rows(const E* grad_y, const E* x, const E* weight, int64_t width, double eps, RowFactors (&factors)[kRows]) {
+  float means[kRows];
+  for (int row = 0; row < kRows; ++row) means[row] = mean_of_row(x + row * width, width);
+  for (int row = 0; row < kRows; ++row, grad_y += width, x += width) {
+    const Vec mean(means[row]);
+    Vec differences[4], squares[4], gradients[4], products[4];
+    for_each_two(
+        width,
+        [&](int64_t i, int k) __attribute__((always_inline)) {
+          const Two v = load_two(x + i), grad = load_two(grad_y + i), w = load_two(weight + i);
+          const Two d = {v.a - mean, v.b - mean}, g = {grad.a * w.a, grad.b * w.b};
+          differences[k] = differences[k] + d.a;
+          differences[k + 1] = differences[k + 1] + d.b;
+          squares[k] = fma(d.a, d.a, squares[k]);
+          squares[k + 1] = fma(d.b, d.b, squares[k + 1]);
+          gradients[k] = gradients[k] + g.a;
+          gradients[k + 1] = gradients[k + 1] + g.b;
+          products[k] = fma(g.a, d.a, products[k]);
+          products[k + 1] = fma(g.b, d.b, products[k + 1]);
+        },
+        [&](int64_t i, auto extent) __attribute__((always_inline)) {
+          const Vec d = inside(load(x + i, extent) - mean, extent);
+          const Vec g = load(grad_y + i, extent) * load(weight + i, extent);  // zero beyond the row
+          differences[0] = differences[0] + d;
+          squares[0] = fma(d, d, squares[0]);
+          gradients[0] = gradients[0] + g;
+          products[0] = fma(g, d, products[0]);
+        });
+    const Statistics found = statistics(means[row], differences, squares, width, eps);
+    const double count = static_cast<double>(width), r = found.rstd;
+    const double g_mean = total(gradients) / count, projection = (total(products) / count - g_mean * found.rest) * r;
+    factors[row] = {mean, Vec(static_cast<float>(r)), Vec(static_cast<float>(-found.rest * r)), Vec(static_cast<float>(g_mean)),
+                    Vec(static_cast<float>(projection))};
+  }
 }
 
 // The gradient of one vector of x, added to the running sums of the weight and bias gradients.
@@ -142,9 +165,7 @@ DK_INLINE void backward_rows(const Backward& job, int64_t row, float* weight_sum
   const E* weight = static_cast<const E*>(job.weight);
   E* grad_x = static_cast<E*>(job.grad_x) + row * width;
   RowFactors factors[kRows];
-  for (int k = 0; k < kRows; ++k) {
-    factors[k] = factors_of_row(grad_y + k * width, x + k * width, weight, width, job.eps);
-  }
+  factors_of_rows(grad_y, x, weight, width, job.eps, factors);
   for_each_two(
       width,
       [&](int64_t i, int) __attribute__((always_inline)) {
