@@ -3,13 +3,15 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 from PIL import Image
 
 from dreamllm.demo.routes import POLICY, add_routes
-from dreamllm.inference import Engine
+from dreamllm.documents import chat_template
+from dreamllm.inference import DrawingOptions, Engine
 from dreamllm.server import EngineBackend, Started, TextPiece
 from dreamllm.server.service import Served
 from tests.demo.browser import EXECUTABLE, Browser
@@ -91,6 +93,20 @@ def test_the_page_says_whose_it_is_and_what_to_try(browser):
     assert browser.run("document.querySelector('[data-examples=chat] button').textContent") == "What is this?"
     assert browser.run("document.getElementById('settings').elements.steps.value") == str(QUICK.steps)
     browser.wait("document.getElementById('load').textContent === 'ready'")
+
+
+def test_recommended_options_are_not_rounded(chromium, backend):
+    recommended = DrawingOptions(steps=25, guidance_scale=1.33, scheduler="ddim", negative_prompt="blur")
+    served = Served(MODEL, chat_template("plain"), recommended, 8)
+    routes = partial(add_routes, backend=backend, examples={})
+    with serving(backend, served=served, add_routes=routes) as address:
+        show(chromium, address)
+        ask(chromium, "pictures", "seven", wait=False)
+        job = backend.next_job()
+        job.answer(random_picture(1))
+        chromium.wait(IDLE.format("pictures"))
+    drawing = job.work.options.drawing
+    assert replace(drawing, candidates=1) == recommended
 
 
 def test_a_chat_with_pictures_both_ways(browser, page, tmp_path):

@@ -80,6 +80,7 @@ def test_a_wheel_runs_where_only_torch_and_numpy_are(tmp_path):
     assert any(name.startswith("dreamkernels/_C.") for name in names)
     assert "dreamkernels/devices/sm_80.json" in names
     assert "dreamkernels/report/baseline_sm_90.json" in names
+    assert {f"dreamllm/demo/page/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not any(name.startswith(("tests", "benchmarks", "csrc")) for name in names)
     done = run_alone(wheel, tmp_path, RUN_RMS_NORM)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,8 @@ export class Settings {
   get drawing() {
     const { steps, guidance_scale: guidance, scheduler, negative_prompt: negative } = this._form.elements;
     return {
-      steps: Number(steps.value), guidance_scale: Number(guidance.value), scheduler: scheduler.value,
+      steps: Number(steps.value), scheduler: scheduler.value,
+      guidance_scale: guidance.value === "" ? this._about.drawing.guidance_scale : Number(guidance.value),
       negative_prompt: negative.value,
     };
   }
