@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from dreamllm.documents import EncodedDocument
+from dreamllm.model import DreamLLM
 from dreamllm.planning.batches import Load, pack
 from dreamllm.planning.devices import Device
 from dreamllm.planning.records import Records
@@ -35,6 +36,11 @@ def _prepared(stage: str, size: str, precision: Precision) -> PreparedStep:
     return prepare(size, stage_config(stage, size), precision, fake=True)
 
 
+def model_of(stage: str, size: str, precision: Precision) -> DreamLLM:
+    """The model of the stage on tensors without memory, its parameters trained or frozen as in it."""
+    return _prepared(stage, size, precision).model
+
+
 _recorded: dict[tuple[str, ...], Recording] = {}
 
 
@@ -51,7 +57,7 @@ def simulate(stage: str, size: str, precision: Precision, documents: list[Encode
 
 def layout_of(stage: str, size: str, precision: Precision, shard_frozen_above_mib: int | None = None) -> Layout:
     """Trained and frozen parameters of the stage; frozen parts that take more than the threshold are spread."""
-    model = _prepared(stage, size, precision).model
+    model = model_of(stage, size, precision)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layers = next((list(m) for m in model.decoder.modules() if isinstance(m, torch.nn.ModuleList)), [])

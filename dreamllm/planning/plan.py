@@ -18,6 +18,7 @@ from dreamllm.planning.estimate import (
     scaled,
     simulate,
 )
+from dreamllm.planning.paper import OriginalWork, original_work
 from dreamllm.planning.records import Records
 from dreamllm.planning.sharding import (
     PER_PARAMETER,
@@ -30,6 +31,7 @@ from dreamllm.planning.sharding import (
     state_bytes,
     traffic,
 )
+from dreamllm.planning.waiting import group_loads, slowest_gpu_seconds
 from dreamllm.profiling.workload import Precision, Recording
 from dreamllm.workloads import model_size
 from dreamllm.workloads import stage as find_stage
@@ -100,7 +102,11 @@ class Candidate:
 
 @dataclass
 class Plan:
-    """The plan of one setting. Bytes are of the fullest GPU, at the peak of the largest of the drawn batches."""
+    """The plan of one setting. Bytes are of the fullest GPU, at the peak of the largest of the drawn batches.
+
+    `time`, `exposed_seconds` and `flops` are of one pass, `update_seconds` and `waiting_seconds` (for the GPU with the
+    longest documents) of a step.
+    """
 
     request: Request
     device: Device
@@ -115,7 +121,9 @@ class Plan:
     update_seconds: float
     traffic: Traffic
     exposed_seconds: float
+    waiting_seconds: float
     flops: float
+    original: OriginalWork
     considered: list[Candidate] = field(default_factory=list)
 
     @property
@@ -128,7 +136,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return self.accumulation * (self.time.seconds + self.exposed_seconds) + self.update_seconds
+        passes = self.accumulation * (self.time.seconds + self.exposed_seconds)
+        return passes + self.update_seconds + self.waiting_seconds
 
     @property
     def documents_per_second(self) -> float:
@@ -156,7 +165,10 @@ class Plan:
 
     @property
     def papers_share_of_peak(self) -> float | None:
-        """Of 128 A800 in the paper's hours, had they done this plan's work; None where the paper gives no hours."""
+        """Of 128 A800 in the paper's hours, had they done this plan's work; None where the paper gives no hours.
+
+        Times `original.factor` it is that of the work as the original does it.
+        """
         hours = find_stage(self.request.stage).paper_hours
         if hours is None or self.request.size != "7b":
             return None
@@ -168,6 +180,7 @@ class Plan:
         """Seconds of a step by what they are spent on, most first."""
         seconds = {name: self.accumulation * value for name, value in self.time.by_limit.items()}
         seconds["communication"] = self.accumulation * self.exposed_seconds
+        seconds["waiting"] = self.waiting_seconds
         seconds["memory"] = seconds.get("memory", 0.0) + self.update_seconds
         return dict(sorted(((k, v) for k, v in seconds.items() if v), key=lambda item: -item[1]))
 
@@ -259,6 +272,8 @@ class Planner:
         hidden_forward = time.by_phase.get("forward", 0.0)
         hidden_backward = time.by_phase.get("backward", 0.0)
         exposed = sent.first + max(0.0, sent.forward - hidden_forward) + max(0.0, sent.backward - hidden_backward)
+        loads = group_loads(request.stage, request.size, micro_batch)
+        waiting = slowest_gpu_seconds(time, mean_load, loads, request.gpus, accumulation, sharding != "none")
         return Plan(
             request,
             device,
@@ -273,7 +288,9 @@ class Planner:
             update,
             sent,
             exposed,
+            waiting,
             mean.flops,
+            original_work(request.stage, request.size, self._executed(sharding), mean, mean_load),
         )
 
     def _memory(self, sharding: Sharding, layout: Layout, recording: Recording) -> dict[str, float]:

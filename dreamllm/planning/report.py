@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
+from dreamllm.planning.paper import PAPER_MICRO_BATCH
 from dreamllm.planning.plan import Plan
 from dreamllm.training.progress import plain_table, say
 from dreamllm.workloads import STAGES
@@ -20,6 +21,7 @@ _LIMIT_NAMES = {
     "measured": "operators as measured",
     "launch": "the host giving out small operators",
     "communication": "communication that nothing hides",
+    "waiting": "waiting for the GPU with the longest documents",
 }
 
 
@@ -46,9 +48,8 @@ def show(plan: Plan, console: Console) -> None:
         console.print(_considered(plan))
     say(console, "")
     console.print(_paper(plan))
-    share = plan.papers_share_of_peak
-    if share is not None:
-        say(console, f"the paper's {stage.paper_hours} hours for this plan's work would be {100 * share:.1f}% of peak")
+    for line in beside_the_paper(plan):
+        say(console, line)
     say(console, "")
     for line in assumptions(plan):
         say(console, f"- {line}")
@@ -88,6 +89,7 @@ def time_table(plan: Plan) -> Table:
     rows = {part: plan.accumulation * seconds for part, seconds in plan.time.by_part.items()}
     rows["launch"] = plan.accumulation * max(0.0, plan.time.seconds - sum(plan.time.by_part.values()))
     rows["communication, not hidden"] = plan.accumulation * plan.exposed_seconds
+    rows["waiting for the slowest GPU"] = plan.waiting_seconds
     rows["optimiser"] = rows.get("optimiser", 0.0) + plan.update_seconds
     for name, seconds in sorted(rows.items(), key=lambda item: -item[1]):
         if seconds >= 5e-5:
@@ -155,6 +157,33 @@ def _paper(plan: Plan) -> Table:
     return table
 
 
+def beside_the_paper(plan: Plan) -> list[str]:
+    """What the paper's hours say about the original, and what the prediction leaves out."""
+    share, hours = plan.papers_share_of_peak, find_stage(plan.request.stage).paper_hours
+    if share is None:
+        return []
+    work = plan.original
+    return [
+        f"The paper's {hours:g} hours would be {100 * share:.1f}% of peak for this plan's work. The original's way "
+        f"takes {work.factor:.2f} times the arithmetic (batches of {PAPER_MICRO_BATCH} padded to their longest: "
+        f"{work.padding:.2f} times the positions; every layer computed again; logits of all positions): "
+        f"{100 * share * work.factor:.1f}% of peak.",
+        f"This plan predicts {100 * plan.share_of_peak:.1f}% of peak. What else separates the two is not known from "
+        "the paper, which gives neither data volume per hour nor profile. Real runs also lose what is left out here: "
+        + "; ".join(LEFT_OUT)
+        + ".",
+    ]
+
+
+LEFT_OUT = (
+    "waits for data (reading, decoding and transforming pictures on the host)",
+    "collectives that slow the kernels they run beside, and links below their rate",
+    "host synchronisations (the original reads losses and norms in every step)",
+    "checkpoints, evaluation, restarts and slow nodes",
+    "efficiencies that are assumed, not measured on this device",
+)
+
+
 def assumptions(plan: Plan) -> list[str]:
     """Where the figures come from."""
     device, share = plan.device, plan.time.measured_share
@@ -182,6 +211,12 @@ def assumptions(plan: Plan) -> list[str]:
             f"{device.memory_gb_per_s:.4g} GB/s, of which are reached: {limits}"
         )
         lines += [f"{name}: {source}" for name, source in device.sources.items() if name.startswith("efficiency")]
+    if plan.waiting_seconds:
+        behind = 100 * plan.waiting_seconds / plan.step_seconds
+        lines.append(
+            f"the slowest of {plan.request.gpus} GPUs is {behind:.0f}% of a step behind the mean: drawn from the "
+            "documents' lengths and pictures; documents go to GPUs as they come"
+        )
     lines.append("reading and decoding of data is taken to keep up")
     lines.append("layers that are trained are computed again for the gradient, all but their attention")
     return lines
@@ -221,6 +256,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds_by_part": {part: plan.accumulation * seconds for part, seconds in plan.time.by_part.items()},
         "seconds_by_limit": plan.limits,
         "communication_exposed_seconds": plan.accumulation * plan.exposed_seconds,
+        "waiting_seconds": plan.waiting_seconds,
         "measured_share_of_time": plan.time.measured_share,
         "flops_per_step_and_gpu": plan.accumulation * plan.flops,
         "documents_per_second": plan.documents_per_second,
@@ -232,6 +268,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "paper_hours": stage.paper_hours,
         "paper_gpus": PAPER_GPUS,
         "paper_share_of_peak": plan.papers_share_of_peak,
+        "original_work_factor": plan.original.factor,
+        "original_padding": plan.original.padding,
+        "left_out": list(LEFT_OUT),
         "sources": dict(device.sources),
         "considered": [vars(candidate) for candidate in plan.considered],
         "assumptions": assumptions(plan),

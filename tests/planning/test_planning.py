@@ -9,7 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.models.workloads import stage_documents, training_stage
+from benchmarks.original_pattern import OriginalPattern, Trainer, pad_batch
 from dreamllm.cli import main
 from dreamllm.model import DreamLLM
 from dreamllm.planning import (
@@ -23,18 +26,20 @@ from dreamllm.planning import (
     make_plan,
     peak_flops,
 )
-from dreamllm.planning.batches import draw_batches, load_of, pack
+from dreamllm.planning.batches import Load, draw_batches, load_of, pack
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
-from dreamllm.planning.estimate import layout_of, operators_time, simulate
+from dreamllm.planning.estimate import StepTime, layout_of, operators_time, simulate
+from dreamllm.planning.paper import original_work
 from dreamllm.planning.plan import Planner
 from dreamllm.planning.records import RecordedOperator, records_of
 from dreamllm.planning.report import show
 from dreamllm.planning.sharding import SHARDINGS, Layout, state_bytes, traffic
+from dreamllm.planning.waiting import pass_seconds, slowest_gpu_seconds
 from dreamllm.profiling import profile_workload
 from dreamllm.profiling.recorder import Operator
 from dreamllm.training.operations import StepOperations
 from dreamllm.training.step import prepare_model
-from dreamllm.workloads import model_config, stage_config
+from dreamllm.workloads import make_model, make_processor, model_config, stage_config
 
 A800 = find_device("a800", None)
 
@@ -222,6 +227,67 @@ def test_rates_and_hours_agree():
     assert sum(plan.limits.values()) == pytest.approx(plan.step_seconds)
 
 
+def of_parts(**seconds) -> StepTime:
+    time = StepTime()
+    for part, value in seconds.items():
+        time.by_part[part] += value
+        time.by_limit["compute"] += value
+    return time
+
+
+def load(tokens: float, pictures: float) -> Load:
+    return Load(documents=1, tokens=tokens, targets=tokens, images=0, pictures=pictures)
+
+
+def test_a_pass_takes_as_long_as_what_it_holds():
+    time = of_parts(LLM=4.0, UNet=2.0, joints=1.0)
+    assert pass_seconds(time, load(100, 10), load(100, 10)) == pytest.approx(7.0)
+    assert pass_seconds(time, load(100, 10), load(50, 20)) == pytest.approx(2.0 + 4.0 + 0.5)
+    time.by_limit["launch"] += 3.0  # the host is the limit: a smaller batch is no faster
+    assert pass_seconds(time, load(100, 10), load(10, 1)) == pytest.approx(10.0)
+    assert pass_seconds(time, load(100, 10), load(200, 20)) == pytest.approx(14.0)
+
+
+def test_the_slowest_of_many_gpus_has_the_longest_documents():
+    """Loads of 1 and 3 with a mean of 2: among many GPUs one has 3; over passes that meet only at the end, less."""
+    time, loads = of_parts(LLM=2.0), [load(1, 0), load(3, 0)]
+
+    def waiting(gpus, accumulation=1, every_pass=True):
+        return slowest_gpu_seconds(time, load(2, 0), loads, gpus, accumulation, every_pass)
+
+    assert waiting(1) == 0.0
+    assert waiting(2) == pytest.approx(0.5, abs=0.25)  # 3 with probability 3/4
+    assert waiting(64) == pytest.approx(1.0)
+    assert waiting(64, 4) == pytest.approx(4.0)
+    assert 1.0 < waiting(8, 4, every_pass=False) < waiting(8, 4)
+    assert slowest_gpu_seconds(time, load(2, 0), [load(2, 0)], 64, 4, True) == pytest.approx(0.0)
+
+
+def test_waiting_is_part_of_the_step():
+    plan = evaluate("full", 8)
+    assert plan.waiting_seconds > 0
+    assert plan.limits["waiting"] == plan.waiting_seconds
+    alone = evaluate("none", 8, gpus=1)
+    assert alone.waiting_seconds == 0
+
+
+def test_the_originals_work_is_what_its_steps_compute():
+    """Counted in a step of the original's pattern itself; without attention, of which it computes the padding here."""
+    processor = make_processor("tiny")
+    documents = [processor.encode(document) for document in stage_documents("stage2", "tiny", 8)]
+    trainer = Trainer(OriginalPattern(make_model("tiny")), training_stage("stage2", 8))
+    batch = pad_batch(documents, processor.layout, processor)
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(batch, torch.Generator().manual_seed(0))
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    recording = simulate("stage2", "tiny", "float32", documents)
+    attention = sum(op.flops * op.calls for op in recording.operators if op.kind == "attention")
+    work = original_work("stage2", "tiny", "float32", recording, load_of(documents), batch.input_ids.numel())
+    # A tenth: the last product of a checkpointed layer need not be computed again, and the pattern's CLIP has one more
+    # layer than the features need.
+    assert work.original * len(documents) - attention == pytest.approx(counted, rel=0.1)
+
+
 def test_traffic_of_hand_computed_sizes():
     layout = Layout(trained=10**9, frozen=0, unit=10**8)
     inside = traffic(layout, "full", "bfloat16", 8, A800, 1)
@@ -328,6 +394,7 @@ def test_the_paper_is_beside_the_plan():
         line = next(line for line in shown.splitlines() if gpu_hours in line.split() and hours in line.split())
         assert line.startswith("stage")
     assert "nothing was measured on this device" in shown
+    assert "the paper's" not in shown.lower().replace("\n", " ")  # its hours say nothing about another size
     assert "efficiency.matrix product: assumption; with it" in shown
 
 
