@@ -86,9 +86,9 @@ class Operator:
             return "it runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1)"
         if not self.cuda:
             return "this operator has no CUDA C++ implementation"
-        if not has_kernel(self.qualified("cuda"), "CUDA"):
-            return "the CUDA C++ library is not loaded"
-        return "" if device_type == "cuda" else "it runs on cuda tensors only"
+        if device_type != "cuda":
+            return "it runs on cuda tensors only"
+        return "" if has_kernel(self.qualified("cuda"), "CUDA") else "the CUDA C++ library is not loaded"
 
 
 def row_major_like(x: torch.Tensor) -> torch.Tensor:
