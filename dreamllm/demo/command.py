@@ -18,6 +18,7 @@ def demo(
     port: int = 7860,
     device: str = "cpu",
     dtype: str = "float32",
+    int8_weights: bool = False,
     name: str | None = None,
     max_batch: int = 8,
     max_queue: int = 32,
@@ -34,6 +35,7 @@ def demo(
         port: port to listen on; 0 takes a free one, which the log names.
         device: cpu, cuda, cuda:1, ...
         dtype: of the weights: float32, bfloat16 or float16.
+        int8_weights: keep the language model's weights in eight bits; needs the extra `int8`.
         name: what the page calls the model; default: the name of its folder.
         max_batch: requests that are answered together.
         max_queue: requests that may wait beside those; visitors beyond are asked to wait.
@@ -47,7 +49,7 @@ def demo(
         from dreamllm.server.running import listen, run
         from dreamllm.server.service import Service
     examples = read_examples(model)
-    engine = load(model, device, dtype, max_batch).engine
+    engine = load(model, device, dtype, max_batch, int8_weights=int8_weights).engine
     with listen(host, port) as listening:
         backend = EngineBackend(engine)
         served = served_model(engine, name or Path(model).resolve().name)

@@ -14,7 +14,7 @@ from dreamllm.inference import Assistant, Dialogue, GenerationOptions, drawing_d
 from dreamllm.inference.drawing import Scheduler
 from dreamllm.inference.options import Pictures
 
-DRAWING = ("steps", "guidance_scale", "scheduler", "size", "candidates", "negative_prompt")
+DRAWING = ("steps", "guidance_scale", "scheduler", "size", "candidates", "select", "negative_prompt")
 """Fields of `DrawingOptions`; None: what the model recommends."""
 
 
@@ -38,7 +38,9 @@ class Asked:
     scheduler: Scheduler | None = None
     size: int | None = None
     candidates: int | None = None
+    select: str | None = None
     negative_prompt: str | None = None
+    rewrite: bool = False
     id: str | None = None
 
     def changed(self, values: Mapping[str, Any], folder: Path) -> Asked:
@@ -62,6 +64,10 @@ class Asked:
             raise ValueError("the prompt is empty; give it text or a picture")
         if self.draw and (self.raw or self.images or self.pictures != "allow"):
             raise ValueError("draw takes a raw caption and no images; leave raw, images and pictures away")
+        if self.rewrite and not self.draw:
+            raise ValueError("rewrite words the caption that is drawn; use it with draw")
+        if self.select is not None and not Path(self.select).is_dir():
+            raise ValueError(f"select must be the folder of a CLIP model; {self.select} is not a folder")
         placeholders = self.prompt.count("<image>")
         if placeholders and placeholders != len(self.images):
             raise ValueError(f"{placeholders} <image> placeholders but {len(self.images)} pictures were given")
@@ -76,7 +82,8 @@ class Asked:
         given = {name: getattr(self, name) for name in DRAWING if getattr(self, name) is not None}
         if given.get("scheduler", "ddim") != "ddim":
             given["eta"] = 0.0  # which is the recommendation for another scheduler
-        return self._document(assistant), self._options(replace(drawing, **given))
+        asked = replace(self, prompt=assistant.rewritten([self.prompt])[0]) if self.rewrite else self
+        return asked._document(assistant), self._options(replace(drawing, **given))
 
     def _options(self, drawing: Any) -> GenerationOptions:
         return GenerationOptions(

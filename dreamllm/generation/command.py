@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -42,9 +43,12 @@ def generate(
     scheduler: Scheduler | None = None,
     size: int | None = None,
     candidates: int | None = None,
+    select: str | None = None,
     negative_prompt: str | None = None,
+    rewrite: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    int8_weights: bool = False,
     prompts: Path | None = None,
     batch_size: int = 8,
     keep_going: bool = False,
@@ -71,14 +75,17 @@ def generate(
         top_p: with a temperature, sample from the smallest set of tokens that reaches this probability.
         top_k: with a temperature, sample from this many tokens; 0: all.
         seed: decides sampling and the pictures' noise; with prompts, line n has this seed plus n.
-        steps: denoising steps; default, as for the next five: what the model recommends.
+        steps: denoising steps; default, as for the next six: what the model recommends.
         guidance_scale: weight of classifier-free guidance; up to 1: none.
         scheduler: ddpm, ddim or dpm++.
         size: side of the pictures in pixels.
-        candidates: pictures to draw for the caption; with `draw` only.
+        candidates: pictures to draw for a caption; with `draw` or `select` only.
+        select: folder of a CLIP model that chooses one of the candidates; default: all are kept.
         negative_prompt: what pictures are led away from.
+        rewrite: with `draw`: the model words the caption itself before it draws.
         device: cpu, cuda, cuda:1, ...
         dtype: of the weights: float32, bfloat16 or float16.
+        int8_weights: keep the language model's weights in eight bits; needs the extra `int8`.
         prompts: a file of prompts, one JSON object per line; paths of its images are relative to it.
         batch_size: with prompts: consecutive lines that are answered together.
         keep_going: with prompts: record a line that cannot be answered, instead of stopping.
@@ -88,18 +95,18 @@ def generate(
     """
     asked = Asked(
         prompt, tuple(images), raw, draw, pictures, max_new_tokens, max_pictures, temperature, top_p, top_k, seed,
-        steps, guidance_scale, scheduler, size, candidates, negative_prompt,
+        steps, guidance_scale, scheduler, size, candidates, select, negative_prompt, rewrite,
     )  # fmt: skip
     if prompts is not None:
         if prompt or images:
             raise ValueError("give a prompt (and images) or --prompts, not both")
         if out is None:
             raise ValueError("--prompts needs --out, a folder for the answers")
-        _answer_file(prompts, asked, model, out, batch_size, keep_going, device, dtype)
+        _answer_file(prompts, asked, model, out, batch_size, keep_going, device, dtype, int8_weights)
         return None
     _check_out(out)
     asked.check()
-    assistant = quiet_load(model, device, dtype)
+    assistant = quiet_load(model, device, dtype, int8_weights=int8_weights)
     question, options = asked.prompt_and_options(assistant)
     with drawing_bar() as on_step:
         answer = assistant.engine.answer(question, options, on_step)
@@ -111,7 +118,15 @@ def generate(
 
 
 def _answer_file(
-    prompts: Path, defaults: Asked, model: Path, out: Path, batch_size: int, keep_going: bool, device: str, dtype: str
+    prompts: Path,
+    defaults: Asked,
+    model: Path,
+    out: Path,
+    batch_size: int,
+    keep_going: bool,
+    device: str,
+    dtype: str,
+    int8_weights: bool,
 ) -> None:
     console = Console(stderr=True)
     if batch_size < 1:
@@ -124,11 +139,11 @@ def _answer_file(
     launched = Launched.of_environment()
     device = launched.device(device)
     run = Run(lines, Path(out), batch_size, keep_going)
-    run.claim(Path(prompts), Path(model), defaults, dtype, say=lambda text: console.print(text, markup=False))
+    run.claim(Path(prompts), Path(model), defaults, dtype, int8_weights, partial(console.print, markup=False))
     with progress_bar(console, "answering", len(lines)) as progress:
         show = (lambda done: progress(done, len(lines))) if launched.rank == 0 else (lambda done: None)
         show(run.done())
-        run.work(lambda: quiet_load(model, device, dtype, batch_size), launched, show)
+        run.work(lambda: quiet_load(model, device, dtype, batch_size, int8_weights), launched, show)
     if run.finish():
         console.print(f"{len(lines)} answers: {out / ANSWERS_FILE}", markup=False, highlight=False, soft_wrap=True)
 

@@ -76,13 +76,16 @@ class Run:
         """How many lines are answered."""
         return sum(len(group) for i, group in enumerate(self.groups()) if self.group_file(i).is_file())
 
-    def claim(self, prompts: Path, model: Path, defaults: Asked, dtype: str, say: Callable[[str], None]) -> None:
+    def claim(
+        self, prompts: Path, model: Path, defaults: Asked, dtype: str, int8_weights: bool, say: Callable[[str], None]
+    ) -> None:
         """Makes the folder this run's, or checks that it is. Raises `ConfigurationChangedError` naming what differs."""
         self.out.mkdir(parents=True, exist_ok=True)
         configuration = {
             "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
             "model": fingerprint(model),
             "dtype": dtype,
+            "int8_weights": int8_weights,
             "batch_size": self.batch_size,
             "keep_going": self.keep_going,
             "options": {**asdict(defaults), "images": None},

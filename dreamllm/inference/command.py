@@ -50,6 +50,7 @@ def chat(
     scheduler: Scheduler | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    int8_weights: bool = False,
     show: Show = "auto",
 ) -> None:
     """A dialogue on the terminal, with pictures in both directions.
@@ -70,10 +71,11 @@ def chat(
         scheduler: ddpm, ddim or dpm++.
         device: cpu, cuda, cuda:1, ...
         dtype: of the weights: float32, bfloat16 or float16.
+        int8_weights: keep the language model's weights in eight bits; needs the extra `int8`.
         show: how pictures are shown: by the protocol of kitty or iterm2, as sixel, as coloured half blocks, or none;
             auto finds out what the terminal can.
     """
-    assistant = quiet_load(model, device, dtype)
+    assistant = quiet_load(model, device, dtype, int8_weights=int8_weights)
     drawing = _drawing(assistant, {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler})
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, drawing=drawing
@@ -166,10 +168,10 @@ def _drawing(assistant: Assistant, given: dict) -> DrawingOptions:
     return replace(drawing_defaults(assistant.engine.model), **changed)
 
 
-def quiet_load(model: Path, device: str, dtype: str, batch_size: int = 32) -> Assistant:
+def quiet_load(model: Path, device: str, dtype: str, batch_size: int = 32, int8_weights: bool = False) -> Assistant:
     """A model without the weights' own progress bar, which also writes where no terminal is."""
     disable_progress_bar()
-    return load(model, device, dtype, batch_size)
+    return load(model, device, dtype, batch_size, int8_weights=int8_weights)
 
 
 @contextmanager

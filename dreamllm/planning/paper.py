@@ -48,7 +48,7 @@ def original_work(
     VAE as well, because they do the same.
     """
     model = model_of(stage, size, precision)
-    layers = [p for layer in model.decoder.layers for p in layer.parameters()]
+    layers = list(model.decoder.get_submodule("layers").parameters())
     head = sum(p.numel() for p in model.get_output_embeddings().parameters())
     trained = any(p.requires_grad for p in layers)
     longer = padding(stage, size) if positions is None else positions / load.tokens

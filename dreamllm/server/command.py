@@ -22,6 +22,7 @@ def serve(
     port: int = 8000,
     device: str = "cpu",
     dtype: str = "float32",
+    int8_weights: bool = False,
     name: str | None = None,
     api_keys: Path | None = None,
     max_batch: int = 8,
@@ -41,6 +42,7 @@ def serve(
         port: port to listen on; 0 takes a free one, which the log names.
         device: cpu, cuda, cuda:1, ...
         dtype: of the weights: float32, bfloat16 or float16.
+        int8_weights: keep the language model's weights in eight bits; needs the extra `int8`.
         name: what clients call the model; default: the name of its folder.
         api_keys: a file with one key per line; everything but /health needs one. Default: nothing needs a key.
         max_batch: requests that are answered together.
@@ -57,7 +59,7 @@ def serve(
         from dreamllm.server.running import listen, run
         from dreamllm.server.service import Service
     keys = None if api_keys is None else ApiKeys.read(api_keys)
-    engine = load(model, device, dtype, max_batch).engine
+    engine = load(model, device, dtype, max_batch, int8_weights=int8_weights).engine
     with listen(host, port) as listening:
         fetcher = Fetcher(limits) if allow_urls else None
         served = served_model(engine, name or Path(model).resolve().name)

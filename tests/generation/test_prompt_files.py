@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from dreamllm.generation.asked import Asked
 from dreamllm.generation.command import generate
 from dreamllm.generation.lines import read_lines
 from dreamllm.generation.run import Launched
-from dreamllm.inference import DrawingOptions, GenerationOptions, load
+from dreamllm.inference import Assistant, DrawingOptions, GenerationOptions, drawing_defaults, load
 from dreamllm.training import ConfigurationChangedError
+from tests.evaluation.networks import write_clip
 from tests.generation import processes
 from tests.tiny import random_picture, tiny_model
 from tests.training.ranks import run_in, start
@@ -102,6 +104,26 @@ def test_pictures_lie_beside_and_are_named_in_their_places(folder, prompts, tmp_
     assert all(Image.open(out / name).size == (8, 8) for name in named)
 
 
+def test_a_clip_model_chooses_and_the_model_words_captions(folder, tmp_path, monkeypatch):
+    """As the Python calls do."""
+    write_clip(tmp_path / "clip")
+    clip = str(tmp_path / "clip")
+    monkeypatch.setattr(Assistant, "rewritten", lambda self, requests: [f"license {request}" for request in requests])
+    lines = [
+        {"prompt": "a red dog", "draw": True, "candidates": 4, "select": clip, "seed": 1},
+        {"prompt": "work", "draw": True, "rewrite": True, "seed": 2},
+    ]
+    out = tmp_path / "out"
+    generate(folder, prompts=write(tmp_path / "prompts.jsonl", lines), out=out)
+    assistant = load(folder)
+    drawing = drawing_defaults(assistant.engine.model)
+    chosen = assistant.text_to_image("a red dog", 1, replace(drawing, candidates=4, select=clip))
+    worded = assistant.text_to_image("license work", 2)
+    assert len(list((out / "pictures").iterdir())) == 2
+    for picture, name in ((chosen, "000001-1.png"), (worded, "000002-1.png")):
+        assert Image.open(out / "pictures" / name).tobytes() == picture.tobytes()
+
+
 def test_neither_processes_nor_kills_change_a_byte(folder, prompts, tmp_path):
     whole, shared, killed = (tmp_path / name for name in ("whole", "shared", "killed"))
     run_in(1, processes.answer, folder, prompts, whole, logs=tmp_path / "logs")
@@ -171,6 +193,8 @@ def test_a_folder_of_another_run_is_refused(folder, prompts, tmp_path):
         ({"prompt": "a", "temperature": -1}, "temperature must be a finite number"),
         ({"prompt": "a", "images": ["none.png"]}, "none.png does not exist"),
         ({"prompt": "<image> <image>", "images": []}, "2 <image> placeholders but 0 pictures"),
+        ({"prompt": "a", "rewrite": True}, "use it with draw"),
+        ({"prompt": "a", "candidates": 2, "select": "nowhere"}, "nowhere is not a folder"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_before_anything_is_answered(folder, tmp_path, line, message):
@@ -246,7 +270,7 @@ def test_a_file_needs_a_folder_and_holds_something(folder, tmp_path):
 def test_every_option_of_a_prompt_is_a_key_of_a_line(tmp_path):
     """And the other way round, but for a line's own name."""
     options = set(inspect.signature(generate).parameters)
-    options -= {"model", "out", "device", "dtype", "prompts", "batch_size", "keep_going"}
+    options -= {"model", "out", "device", "dtype", "int8_weights", "prompts", "batch_size", "keep_going"}
     (line,) = read_lines(write(tmp_path / "p.jsonl", [{"prompt": "a"}]), Asked())
     assert options | {"id"} == set(vars(line.asked))
 
