@@ -10,6 +10,7 @@ from dreamllm.inference import load
 from dreamllm.server import EngineBackend
 from dreamllm.server.command import needing, served_model
 from dreamllm.server.limits import Limits
+from dreamllm.server.memory import bound_onednn_caches
 
 
 def demo(
@@ -49,6 +50,7 @@ def demo(
         from dreamllm.server.running import listen, run
         from dreamllm.server.service import Service
     examples = read_examples(model)
+    bound_onednn_caches()
     engine = load(model, device, dtype, max_batch, int8_weights=int8_weights).engine
     with listen(host, port) as listening:
         backend = EngineBackend(engine)

@@ -11,6 +11,7 @@ from dreamllm.inference import Engine, drawing_defaults, load
 from dreamllm.server.engine_backend import EngineBackend
 from dreamllm.server.keys import ApiKeys
 from dreamllm.server.limits import Limits
+from dreamllm.server.memory import bound_onednn_caches
 
 if TYPE_CHECKING:
     from dreamllm.server.service import Served
@@ -59,6 +60,7 @@ def serve(
         from dreamllm.server.running import listen, run
         from dreamllm.server.service import Service
     keys = None if api_keys is None else ApiKeys.read(api_keys)
+    bound_onednn_caches()
     engine = load(model, device, dtype, max_batch, int8_weights=int8_weights).engine
     with listen(host, port) as listening:
         fetcher = Fetcher(limits) if allow_urls else None
