@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from dreamkernels.products import linear
+
 Call = Callable[..., Any]
 CYCLES_PER_US = 2000  # of a spinning kernel: no supported GPU's clock is much above 2 GHz
 LONGEST_SPIN_US = 200_000.0
@@ -123,7 +125,8 @@ def timer_for(device: str, end_to_end: bool = False) -> Timer:
 
 
 def matmul_gflops(device: str, size: int = 0, repeats: int = 5) -> dict[str, float]:
-    """Of the fastest of some square matrix products, by dtype: what this machine reaches in arithmetic.
+    """Of the fastest of some square matrix products, by dtype: what this machine reaches in arithmetic, in the library
+    that is the fastest on it.
 
     `size` 0: large enough that the product is no longer bound by memory or by its launch.
     """
@@ -132,8 +135,8 @@ def matmul_gflops(device: str, size: int = 0, repeats: int = 5) -> dict[str, flo
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = torch.randn(2, size, size, device=device).to(dtype).unbind()
-        timer.prepare(str(dtype), torch.mm, inputs)
-        best = min(timer.time(str(dtype), torch.mm, inputs) for _ in range(repeats))
+        timer.prepare(str(dtype), linear, inputs)
+        best = min(timer.time(str(dtype), linear, inputs) for _ in range(repeats))
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e3
     return found
 

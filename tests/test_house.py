@@ -76,7 +76,7 @@ def test_dreamllm_uses_only_the_public_side_of_dreamkernels(path):
         "decoding",
         "paged_cache",
     )
-    parts = ("ops", "nn", *(f"integrations.{name}" for name in integrations), "version", "packing")
+    parts = ("ops", "nn", *(f"integrations.{name}" for name in integrations), "version", "packing", "products")
     public = {"dreamkernels", *(f"dreamkernels.{part}" for part in parts)}
     used = {m for m in imported_modules(path) if m.split(".")[0] == "dreamkernels"}
     assert used <= public
