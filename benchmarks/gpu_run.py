@@ -103,10 +103,10 @@ def _benchmark(setting: Setting, part: str, name: str, minutes: float, *more: st
     return Step(part, step, (sys.executable, "-m", "benchmarks", "run", name, "--exactly", *options), minutes)
 
 
-def _workload(setting: Setting, part: str, name: str) -> Step:
+def _workload(setting: Setting, name: str) -> Step:
     """Cases of DreamLLM. Without their compiled variants: those compile for longer than a call lasts."""
     only = f"{SIZES[setting.size]} {name}"
-    return _benchmark(setting, part, "dreamllm", 3, "--only", only, "--no-compile", step=name)
+    return _benchmark(setting, "workloads", "dreamllm", 3, "--only", only, "--no-compile", step=name)
 
 
 def _suite(setting: Setting) -> list[Step]:
@@ -123,7 +123,8 @@ def _models(setting: Setting) -> list[Step]:
     profile = Step("models", "profile", (sys.executable, "-m", "dreamllm", "profile", *options), 2)
     if setting.size == "small":
         return [profile]
-    return [profile, _workload(setting, "models", ENGINE), *(_benchmark(setting, "models", n, 4) for n in MODELS)]
+    engine = _benchmark(setting, "models", ENGINE, 4, "--no-compile")
+    return [profile, engine, *(_benchmark(setting, "models", name, 4) for name in MODELS)]
 
 
 def steps_of(part: str, setting: Setting) -> list[Step]:
@@ -147,7 +148,7 @@ def steps_of(part: str, setting: Setting) -> list[Step]:
         return [Step("tune", "launch", (python, "-m", "dreamkernels", "tune", *options), 4)]
     if part == "workloads":
         names = ("comprehension",) if setting.size == "small" else WORKLOADS
-        return [_workload(setting, "workloads", name) for name in names]
+        return [_workload(setting, name) for name in names]
     if part == "suite":
         return _suite(setting)
     if part == "models":

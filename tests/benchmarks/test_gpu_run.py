@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_libraries, gpu_run
-from benchmarks.gpu_run import PARTS, Setting, Step, run, steps_of, summary
+from benchmarks.gpu_run import MODELS, PARTS, Setting, Step, run, steps_of, summary
 from benchmarks.models import bench_dreamllm
 from dreamkernels import libraries
 
@@ -160,13 +160,15 @@ def test_the_most_valuable_comes_first_and_nothing_is_left_out(tmp_path):
 @pytest.mark.parametrize("size", ["small", "working"])
 def test_every_case_of_dreamllm_at_7b_is_in_one_step(size, tmp_path):
     setting = Setting(tmp_path, "cuda", size)
-    steps = [step for part in ("workloads", "models") for step in steps_of(part, setting) if "--only" in step.command]
+    steps = steps_of("workloads", setting)
     wanted = [step.command[step.command.index("--only") + 1] for step in steps]
     assert all("--no-compile" in step.command for step in steps)
     cases = [case.name for case in bench_dreamllm.cases("cuda", size)]
     matches = [sum(text in case for text in wanted) for case in cases]
     assert matches == [1] * len(cases) if size == "working" else sum(matches) == 1
     assert all(any(text in case for case in cases) for text in wanted)
+    names = {step.command[4] for step in steps_of("models", setting) if step.command[3] == "run"}
+    assert names == ({"inference", *MODELS} if size == "working" else set())
 
 
 @pytest.mark.slow
