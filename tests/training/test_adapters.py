@@ -101,7 +101,8 @@ def test_adapters_and_averages_of_several_processes_are_those_of_one(root, tmp_p
         ours, theirs = weights(tmp_path / "out" / folder), weights(tmp_path / "alone" / folder)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            # By norms: where a gradient is all rounding, Adam moves a single weight by a part of the learning rate.
+            assert (tensor - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
     found, expected = read_samples(tmp_path / "out"), read_samples(tmp_path / "alone")
     assert [sample.text for sample in found] == [sample.text for sample in expected]
 
