@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from dreamllm.evaluation.page import Example, Page, write_page
 from dreamllm.evaluation.progress import progress_bar
 from dreamllm.evaluation.records import RECORDS_FILE, Shard, complete_lines, merged, write_records
 from dreamllm.inference import load
-from dreamllm.training import claim_folder, make_folder, write_text
+from dreamllm.training import claim_folder, locked, make_folder, write_text
 
 RUN_FILE, RESULTS_FILE, REPORT_FILE = "run.json", "results.json", "report.html"
 FINGERPRINT_BYTES = 1 << 20
@@ -138,8 +137,7 @@ def claim(
         "samples": total,
         "shards": shards,
     }
-    with open(options.out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may begin at the same moment
+    with locked(options.out):  # shards may begin at the same moment
         claim_folder(options.out / RUN_FILE, configuration, say=lambda text: console.print(text, markup=False))
 
 

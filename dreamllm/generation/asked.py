@@ -79,11 +79,9 @@ class Asked:
     def prompt_and_options(self, assistant: Assistant) -> tuple[Document, GenerationOptions]:
         """What an engine is asked. Raises `ValueError` as `check` does, and for options that the model has not."""
         drawing = drawing_defaults(assistant.engine.model)
-        given = {name: getattr(self, name) for name in DRAWING if getattr(self, name) is not None}
-        if given.get("scheduler", "ddim") != "ddim":
-            given["eta"] = 0.0  # which is the recommendation for another scheduler
+        drawing = drawing.changed(**{name: getattr(self, name) for name in DRAWING})
         asked = replace(self, prompt=assistant.rewritten([self.prompt])[0]) if self.rewrite else self
-        return asked._document(assistant), self._options(replace(drawing, **given))
+        return asked._document(assistant), self._options(drawing)
 
     def _options(self, drawing: Any) -> GenerationOptions:
         return GenerationOptions(

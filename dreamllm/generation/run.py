@@ -6,11 +6,9 @@ at all. So every answer is computed in the same company, and what a killed run l
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from dreamllm.evaluation.run import fingerprint
 from dreamllm.generation.asked import Asked
 from dreamllm.generation.lines import Line
 from dreamllm.inference import Answer, Assistant, Request
-from dreamllm.training import claim_folder, make_folder
+from dreamllm.training import claim_folder, locked, make_folder
 
 RUN_FILE, ANSWERS_FILE = "run.json", "answers.jsonl"
 GROUPS_FOLDER, PICTURES_FOLDER = "groups", "pictures"
@@ -80,7 +78,8 @@ class Run:
         self, prompts: Path, model: Path, defaults: Asked, dtype: str, int8_weights: bool, say: Callable[[str], None]
     ) -> None:
         """Makes the folder this run's, or checks that it is. Raises `ConfigurationChangedError` naming what differs."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.out / GROUPS_FOLDER, self.out / PICTURES_FOLDER):
+            make_folder(folder)
         configuration = {
             "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
             "model": fingerprint(model),
@@ -90,9 +89,7 @@ class Run:
             "keep_going": self.keep_going,
             "options": {**asdict(defaults), "images": None},
         }
-        with self._locked():
-            for folder in (self.out, self.out / GROUPS_FOLDER, self.out / PICTURES_FOLDER):
-                make_folder(folder)
+        with locked(self.out):  # processes may begin at the same moment
             claim_folder(self.out / RUN_FILE, configuration, say=say)
 
     def work(self, load: Callable[[], Assistant], launched: Launched, progress: Callable[[int], None]) -> None:
@@ -113,7 +110,7 @@ class Run:
         files = [self.group_file(number) for number in range(len(self.groups()))]
         if not all(path.is_file() for path in files):
             return False
-        with self._locked():
+        with locked(self.out):
             write_records(self.out / ANSWERS_FILE, [record for path in files for record in complete_lines(path)])
             for partial in (self.out / GROUPS_FOLDER).glob("*.partial"):  # of a process that was killed
                 partial.unlink(missing_ok=True)
@@ -171,10 +168,3 @@ class Run:
                 next(pictures).save(self.out / name)
                 parts.append({"picture": name})
         return {"text": answer.text, "parts": parts, "stopped": answer.stopped, "tokens": len(answer.token_ids)}
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Processes may begin and end at the same moment."""
-        with open(self.out / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield

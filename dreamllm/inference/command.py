@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from dreamllm.documents import load_picture
 from dreamllm.inference.assistant import Assistant, load
 from dreamllm.inference.dialogue import Dialogue
-from dreamllm.inference.drawing import DrawingOptions, Scheduler, drawing_defaults
 from dreamllm.inference.drawing import Progress as OnStep
+from dreamllm.inference.drawing import Scheduler, drawing_defaults
 from dreamllm.inference.options import GenerationOptions
 from dreamllm.inference.terminal import describe, printable
 from dreamllm.inference.terminal_pictures import Way, way_of
@@ -76,7 +76,8 @@ def chat(
             auto finds out what the terminal can.
     """
     assistant = quiet_load(model, device, dtype, int8_weights=int8_weights)
-    drawing = _drawing(assistant, {"steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler})
+    recommended = drawing_defaults(assistant.engine.model)
+    drawing = recommended.changed(steps=steps, guidance_scale=guidance_scale, scheduler=scheduler)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, drawing=drawing
     )
@@ -161,11 +162,6 @@ def _resolve_references(line: str) -> tuple[str, list[Image.Image]]:
         raise ValueError("write @FILE where the picture stands, not <image>")
     pictures = [load_picture(Path(quoted or bare).expanduser()) for quoted, bare in _REFERENCE.findall(line)]
     return _REFERENCE.sub("<image>", line), pictures
-
-
-def _drawing(assistant: Assistant, given: dict) -> DrawingOptions:
-    changed = {name: value for name, value in given.items() if value is not None}
-    return replace(drawing_defaults(assistant.engine.model), **changed)
 
 
 def quiet_load(model: Path, device: str, dtype: str, batch_size: int = 32, int8_weights: bool = False) -> Assistant:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +77,13 @@ class DrawingOptions:
             raise ValueError("select chooses among candidates; set candidates above 1")
         if self.eta and self.scheduler != "ddim":
             raise ValueError(f"eta {self.eta} has no meaning for scheduler {self.scheduler!r}; use 'ddim' or eta 0")
+
+    def changed(self, **given: Any) -> DrawingOptions:
+        """With what is given; None leaves an option as it is. Another scheduler than DDIM ends a recommended eta."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("scheduler", "ddim") != "ddim":
+            given.setdefault("eta", 0.0)
+        return replace(self, **given)
 
     @property
     def guided(self) -> bool:

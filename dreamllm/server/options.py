@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 
 from dreamllm.inference import DrawingOptions, GenerationOptions
 from dreamllm.server.errors import ApiError, bad_request
@@ -56,14 +55,11 @@ def _new_tokens(request: Writing, limits: Limits) -> int:
 
 def drawing_options(given: Drawing, size: int | None, served: Served, limits: Limits) -> DrawingOptions:
     """The model's own options with what a request gives. Raises `ApiError` beyond the limits."""
-    values = {name: getattr(given, name) for name in Drawing.model_fields if getattr(given, name) is not None}
-    if values.get("scheduler", "ddim") != "ddim":
-        values["eta"] = 0.0  # which is the recommendation for another scheduler
     if given.steps is not None and given.steps > limits.max_steps:
         raise beyond("steps", given.steps, limits.max_steps)
     if size is not None and size > limits.max_size:
         raise beyond("size", size, limits.max_size)
-    return replace(served.drawing, **values, size=served.drawing.size if size is None else size)
+    return served.drawing.changed(**{name: getattr(given, name) for name in Drawing.model_fields}, size=size)
 
 
 def any_seed(given: int | None) -> int:

@@ -19,7 +19,7 @@ from dreamllm.training.errors import (
     SaveError,
     TrainingInterrupted,
 )
-from dreamllm.training.files import make_folder, write_file, write_folder, write_json, write_text
+from dreamllm.training.files import locked, make_folder, write_file, write_folder, write_json, write_text
 from dreamllm.training.folder import claim_folder
 from dreamllm.training.merge import merge_stage1
 from dreamllm.training.metrics import read_metrics
@@ -45,6 +45,7 @@ __all__ = [
     "claim_folder",
     "learning_rate",
     "load_stored_batch",
+    "locked",
     "make_folder",
     "merge_stage1",
     "processes",

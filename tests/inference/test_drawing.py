@@ -267,3 +267,11 @@ def test_only_the_latest_null_conditions_are_kept(tiny):
     assert tiny.null_condition("A" * 2) is kept[2]
     assert tiny.null_condition() is not kept[0]
     torch.testing.assert_close(tiny.null_condition(), kept[0])
+
+
+def test_given_options_change_recommended_ones():
+    recommended = DrawingOptions(scheduler="ddim", eta=0.5, steps=7)
+    assert recommended.changed(steps=None, guidance_scale=3.0) == replace(recommended, guidance_scale=3.0)
+    assert recommended.changed(scheduler="dpm++") == replace(recommended, scheduler="dpm++", eta=0.0)
+    with pytest.raises(ValueError, match=r"eta 0\.5 has no meaning"):
+        recommended.changed(scheduler="ddpm", eta=0.5)
