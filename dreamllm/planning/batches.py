@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,11 +13,33 @@ import torch
 from PIL import Image
 
 from dreamllm.data import Mixture, derive_seed
+from dreamllm.data.packing import Held, choose
 from dreamllm.documents import EncodedDocument, PackedBatch
 from dreamllm.documents.batch import Pixels, pack_batch
 from dreamllm.workloads import make_processor, model_config, stage_config
 
 DRAWN_DOCUMENTS = 512
+ORDERS = 4
+"""In which the drawn documents are grouped; more where that makes too few batches."""
+LEAST_BATCHES = 16
+LOOK_AHEAD = 64
+"""Documents that are held back to choose from, as by default in training."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What a GPU's pass holds: `documents` as they come, or at most `tokens` tokens and `pictures` pictures to create,
+    for which documents are chosen. As `batch.per_pass`, or `batch.tokens` and `batch.pictures`, of the recipes."""
+
+    documents: int | None = None
+    tokens: int | None = None
+    pictures: int | None = None
+
+    def __str__(self) -> str:
+        if self.documents is not None:
+            return f"micro_batch {self.documents}"
+        limit = "" if self.pictures is None else f" and pictures_per_batch {self.pictures}"
+        return f"tokens_per_batch {self.tokens}{limit}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,7 @@ class Load:
 
 @dataclass
 class DrawnBatches:
-    """Batches of `micro_batch` documents: `mean` is what they hold on average, `typical` the one nearest to it."""
+    """Batches of one filling: `mean` is what they hold on average, `typical` the one nearest to it."""
 
     mean: Load
     typical: list[EncodedDocument]
@@ -63,18 +87,50 @@ def draw_documents(stage: str, size: str, seed: int = 0) -> tuple[EncodedDocumen
     return tuple(drawn)
 
 
-def draw_batches(stage: str, size: str, micro_batch: int, seed: int = 0) -> DrawnBatches:
-    """Groups the drawn documents by `micro_batch`, several times in different orders."""
-    documents = list(draw_documents(stage, size, seed))
-    while len(documents) < 4 * micro_batch:
-        documents = documents * 2
-    groups = []
-    order = random.Random(derive_seed(seed, "groups", micro_batch))
-    for _ in range(4):
-        groups += [documents[i : i + micro_batch] for i in range(0, len(documents) - micro_batch + 1, micro_batch)]
-        order.shuffle(documents)
-    mean = load_of(documents) * (micro_batch / len(documents))
+def draw_batches(stage: str, size: str, filling: Filling, seed: int = 0) -> DrawnBatches:
+    """Groups the drawn documents, in several orders, as the trainer's loader does.
+
+    Documents that create more pictures than a pass may are left out, as in training. Raises `ValueError` when none is
+    left, and for a document that does not fit into the tokens on its own.
+    """
+    drawn = draw_documents(stage, size, seed)
+    documents = [each for each in drawn if filling.pictures is None or len(each.targets) <= filling.pictures]
+    if not documents:
+        raise ValueError(f"every document of {stage} creates more than {filling.pictures} pictures")
+    count = filling.documents
+    if count is None:
+        assert filling.tokens is not None
+        orders = max(ORDERS, 2 + math.ceil(LEAST_BATCHES * filling.tokens / sum(map(len, documents))))
+        groups = list(_packed(_orders(documents, orders, derive_seed(seed, "groups", filling.tokens)), filling))
+        mean = load_of(list(itertools.chain(*groups))) * (1 / len(groups))
+    else:
+        while len(documents) < ORDERS * count:
+            documents = documents * 2
+        mean = load_of(documents) * (count / len(documents))
+        shuffled = _orders(documents, ORDERS, derive_seed(seed, "groups", count))
+        groups = [order[i : i + count] for order in shuffled for i in range(0, len(order) - count + 1, count)]
     return DrawnBatches(mean, min(groups, key=lambda group: _apart(load_of(group), mean)), groups)
+
+
+def _orders(documents: list[EncodedDocument], number: int, seed: int) -> Iterator[list[EncodedDocument]]:
+    order = random.Random(seed)
+    for _ in range(number):
+        yield list(documents)
+        order.shuffle(documents)
+
+
+def _packed(orders: Iterator[list[EncodedDocument]], filling: Filling) -> Iterator[list[EncodedDocument]]:
+    """Ends when too few documents are left to choose from."""
+    assert filling.tokens is not None
+    waiting: list[EncodedDocument] = []
+    for document in itertools.chain.from_iterable(orders):
+        waiting.append(document)
+        if len(waiting) < LOOK_AHEAD or sum(map(len, waiting)) < 2 * filling.tokens:
+            continue
+        held = [Held(i, len(each), len(each.targets)) for i, each in enumerate(waiting)]
+        chosen = set(choose(held, filling.tokens, filling.pictures))
+        yield [waiting[i] for i in sorted(chosen)]
+        waiting = [each for i, each in enumerate(waiting) if i not in chosen]
 
 
 def load_of(documents: Sequence[EncodedDocument]) -> Load:

@@ -30,6 +30,8 @@ def plan(
     network_gb_per_s: float | None = None,
     gpus_per_node: int | None = None,
     shard_frozen_above_mib: int | None = None,
+    tokens_per_batch: int | None = None,
+    pictures_per_batch: int | None = None,
     records: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -40,13 +42,15 @@ def plan(
         gpu: a100, a800, h100 or h200; or cpu, with records.
         gpus: how many of them.
         size: the model: tiny, mini or 7b.
-        micro_batch: documents per GPU and pass; searched when not given.
+        micro_batch: documents per GPU and pass; searched when neither it nor tokens_per_batch is given.
         sharding: how parameters and their states are divided; searched when not given.
         global_batch: documents per optimiser step; by default the paper's 1024 for 7b, one pass's worth for the others.
         precision: bfloat16 keeps parameters and moments in float32; pure_bfloat16, as the original, does not.
         network_gb_per_s: bandwidth between nodes per GPU and direction; by default 25 GB/s.
         gpus_per_node: GPUs that NVLink connects; by default 8.
         shard_frozen_above_mib: frozen parts that take more are divided, too; as settings.shard_frozen_above_mib.
+        tokens_per_batch: tokens per GPU and pass instead, for which documents are chosen; as batch.tokens in training.
+        pictures_per_batch: most pictures to create in such a pass; as batch.pictures.
         records: profile.json that dreamllm profile wrote on such a device; its operators are taken as measured.
         json: print the figures as JSON instead of tables.
     """
@@ -56,7 +60,16 @@ def plan(
         per_pass = (micro_batch or model_size(size).documents_per_step) * gpus
         global_batch = -(-PAPER_GLOBAL_BATCH // per_pass) * per_pass if size == "7b" else per_pass
     request = Request(
-        find_stage(stage).kind, size, gpus, precision, global_batch, micro_batch, sharding, shard_frozen_above_mib
+        find_stage(stage).kind,
+        size,
+        gpus,
+        precision,
+        global_batch,
+        micro_batch,
+        sharding,
+        shard_frozen_above_mib,
+        tokens_per_batch,
+        pictures_per_batch,
     )
     console = Console()
     with quiet_transformers(), Console(stderr=True).status("planning") as status:

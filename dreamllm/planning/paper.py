@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from dreamllm.planning.batches import Load, draw_batches
+from dreamllm.planning.batches import Filling, Load, draw_batches
 from dreamllm.planning.estimate import model_of
 from dreamllm.profiling.workload import Precision, Recording
 
@@ -32,7 +32,7 @@ class OriginalWork:
 @cache
 def padding(stage: str, size: str, micro_batch: int = PAPER_MICRO_BATCH) -> float:
     """Over batches as the original makes them: rows of the longest document's length."""
-    groups = draw_batches(stage, size, micro_batch).groups
+    groups = draw_batches(stage, size, Filling(micro_batch)).groups
     padded = sum(len(group) * max(map(len, group)) for group in groups)
     return padded / sum(len(document) for group in groups for document in group)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dreamllm.planning.batches import DrawnBatches, Load, draw_batches, load_of
+from dreamllm.planning.batches import DrawnBatches, Filling, Load, draw_batches, load_of
 from dreamllm.planning.devices import GIB, Device, gpus
 from dreamllm.planning.estimate import (
     StepTime,
@@ -33,11 +33,14 @@ from dreamllm.planning.sharding import (
 )
 from dreamllm.planning.waiting import group_loads, slowest_gpu_seconds
 from dreamllm.profiling.workload import Precision, Recording
-from dreamllm.workloads import model_size
+from dreamllm.workloads import model_config, model_size
 from dreamllm.workloads import stage as find_stage
 from dreamllm.workloads.stages import PAPER_GPUS
 
 BASE_MICRO_BATCH = 4
+MOST_DOCUMENTS = 64
+"""Per pass, of those that are tried."""
+TOKEN_MULTIPLE = 64
 PAPER_GLOBAL_BATCH = 1024
 
 
@@ -47,7 +50,12 @@ class DoesNotFitError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. None lets the search choose, except for `shard_frozen_above_mib`: as in `RunSettings`."""
+    """What is asked for. None lets the search choose, except for `shard_frozen_above_mib`: as in `RunSettings`.
+
+    A pass holds `micro_batch` documents, or at most `tokens_per_batch` tokens and `pictures_per_batch` pictures to
+    create. Filled by tokens, a step has `passes` per GPU, by default those that come nearest to `global_batch`
+    documents.
+    """
 
     stage: str
     size: str
@@ -57,12 +65,22 @@ class Request:
     micro_batch: int | None = None
     sharding: Sharding | None = None
     shard_frozen_above_mib: int | None = None
+    tokens_per_batch: int | None = None
+    pictures_per_batch: int | None = None
+    passes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "global_batch", "micro_batch"):
+        for name in ("gpus", "global_batch", "micro_batch", "tokens_per_batch", "pictures_per_batch", "passes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.tokens_per_batch is not None:
+            if self.micro_batch is not None:
+                raise ValueError("give either micro_batch (documents per pass) or tokens_per_batch, not both")
+            return
+        for name in ("pictures_per_batch", "passes"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to tokens_per_batch, which is not given")
         if self.global_batch % self.gpus:
             raise ValueError(
                 f"global_batch {self.global_batch} documents cannot be divided among {self.gpus} GPUs; "
@@ -76,12 +94,25 @@ class Request:
                 f"({self.global_batch} over {self.gpus} GPUs); {allowed} do"
             )
 
+    def fillings(self) -> list[Filling]:
+        """What is tried: the given one, or numbers of documents that divide a GPU's part of a step and, where GPUs
+        would wait for the one with the longest documents, as many tokens as these documents have on average."""
+        if self.tokens_per_batch is not None:
+            return [Filling(tokens=self.tokens_per_batch, pictures=self.pictures_per_batch)]
+        counts = self.micro_batches()
+        if self.gpus == 1 or self.micro_batch is not None:
+            return [Filling(count) for count in counts]
+        mean = draw_batches(self.stage, self.size, Filling(1)).mean.tokens
+        budgets = [math.ceil(mean * count / TOKEN_MULTIPLE) * TOKEN_MULTIPLE for count in counts]
+        longest = model_config(self.size).layout().max_length
+        return [*map(Filling, counts), *(Filling(tokens=budget) for budget in budgets if budget >= longest)]
+
     def micro_batches(self) -> list[int]:
-        per_gpu = self.global_batch // self.gpus
+        """Documents per pass: the given ones, or all that divide a GPU's part of a step."""
         if self.micro_batch is not None:
             return [self.micro_batch]
-        divisors = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0]
-        return [n for n in divisors if n <= 64]
+        per_gpu = max(1, self.global_batch // self.gpus)
+        return [n for n in range(1, min(per_gpu, MOST_DOCUMENTS) + 1) if per_gpu % n == 0]
 
     def shardings(self) -> list[Sharding]:
         if self.sharding is not None:
@@ -94,7 +125,7 @@ class Candidate:
     """A setting by estimate."""
 
     sharding: Sharding
-    micro_batch: int
+    filling: Filling
     memory_bytes: float
     documents_per_second: float
     fits: bool
@@ -111,7 +142,7 @@ class Plan:
     request: Request
     device: Device
     sharding: Sharding
-    micro_batch: int
+    filling: Filling
     accumulation: int
     layout: Layout
     memory: dict[str, float]
@@ -141,7 +172,14 @@ class Plan:
 
     @property
     def documents_per_second(self) -> float:
-        return self.request.global_batch / self.step_seconds
+        return self.documents_per_step / self.step_seconds
+
+    @property
+    def documents_per_step(self) -> float:
+        """A mean where tokens fill the passes."""
+        if self.filling.documents is not None:
+            return self.request.global_batch
+        return self.request.gpus * self.accumulation * self.load.documents
 
     @property
     def tokens_per_second(self) -> float:
@@ -153,7 +191,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.total_documents / self.request.global_batch)
+        return math.ceil(self.total_documents / self.documents_per_step)
 
     @property
     def hours(self) -> float:
@@ -203,11 +241,11 @@ class Planner:
         candidates = []
         shardings = request.shardings()
         for sharding in [s for s in shardings if not self._hopeless(s)] or shardings[-1:]:
-            candidates += [self._candidate(sharding, micro_batch) for micro_batch in request.micro_batches()]
+            candidates += [self._candidate(sharding, filling) for filling in request.fillings()]
         candidates.sort(key=lambda c: (not c.fits, -c.documents_per_second if c.fits else c.memory_bytes))
         nearest: Plan | None = None
         for candidate in candidates:
-            plan = self.evaluate(candidate.sharding, candidate.micro_batch)
+            plan = self.evaluate(candidate.sharding, candidate.filling)
             candidate.fits, candidate.memory_bytes = plan.fits, plan.memory_bytes
             candidate.documents_per_second = plan.documents_per_second
             if plan.fits:
@@ -220,24 +258,24 @@ class Planner:
         assert nearest is not None
         raise DoesNotFitError(self._what_would_fit(nearest))
 
-    def evaluate(self, sharding: Sharding, micro_batch: int) -> Plan:
+    def evaluate(self, sharding: Sharding, filling: Filling) -> Plan:
         """The plan of one setting, recorded at its own batches, whether it fits or not."""
-        drawn = self._drawn(micro_batch)
+        drawn = self._drawn(filling)
         typical, found = self._record(sharding, drawn.typical), load_of(drawn.typical)
         most = drawn.largest(*memory_slopes(typical, found))
         largest = self._record(sharding, most)
         mean = scaled(typical, found, drawn.mean)
-        return self._plan(sharding, micro_batch, drawn.mean, load_of(most), mean, largest)
+        return self._plan(sharding, filling, drawn.mean, load_of(most), mean, largest)
 
-    def _candidate(self, sharding: Sharding, micro_batch: int) -> Candidate:
+    def _candidate(self, sharding: Sharding, filling: Filling) -> Candidate:
         """By scaling one recording."""
-        base = self._drawn(min(BASE_MICRO_BATCH, max(self.request.micro_batches())))
+        base = self._drawn(Filling(min(BASE_MICRO_BATCH, max(self.request.micro_batches()))))
         recording, found = self._record(sharding, base.typical), load_of(base.typical)
-        drawn = self._drawn(micro_batch)
+        drawn = self._drawn(filling)
         most = load_of(drawn.largest(*memory_slopes(recording, found)))
         mean, largest = scaled(recording, found, drawn.mean), scaled(recording, found, most)
-        plan = self._plan(sharding, micro_batch, drawn.mean, most, mean, largest)
-        return Candidate(sharding, micro_batch, plan.memory_bytes, plan.documents_per_second, plan.fits)
+        plan = self._plan(sharding, filling, drawn.mean, most, mean, largest)
+        return Candidate(sharding, filling, plan.memory_bytes, plan.documents_per_second, plan.fits)
 
     def _hopeless(self, sharding: Sharding) -> bool:
         """Whether the states alone exceed the memory, so that nothing need be recorded."""
@@ -251,14 +289,14 @@ class Planner:
     def _plan(
         self,
         sharding: Sharding,
-        micro_batch: int,
+        filling: Filling,
         mean_load: Load,
         largest_load: Load,
         mean: Recording,
         largest: Recording,
     ) -> Plan:
         request, device = self.request, self.device
-        accumulation = request.global_batch // request.gpus // micro_batch
+        accumulation = request.passes or max(1, round(request.global_batch / request.gpus / mean_load.documents))
         layout = self._layout(sharding)
         passes = [operator for operator in mean.operators if operator.part != "optimiser"]
         time = operators_time(passes, device, self.records)
@@ -272,13 +310,13 @@ class Planner:
         hidden_forward = time.by_phase.get("forward", 0.0)
         hidden_backward = time.by_phase.get("backward", 0.0)
         exposed = sent.first + max(0.0, sent.forward - hidden_forward) + max(0.0, sent.backward - hidden_backward)
-        loads = group_loads(request.stage, request.size, micro_batch)
+        loads = group_loads(request.stage, request.size, filling)
         waiting = slowest_gpu_seconds(time, mean_load, loads, request.gpus, accumulation, sharding != "none")
         return Plan(
             request,
             device,
             sharding,
-            micro_batch,
+            filling,
             accumulation,
             layout,
             self._memory(sharding, layout, largest),
@@ -314,8 +352,8 @@ class Planner:
         precision = self.request.precision
         return "pure_bfloat16" if precision == "bfloat16" and sharding != "none" else precision
 
-    def _drawn(self, micro_batch: int) -> DrawnBatches:
-        return draw_batches(self.request.stage, self.request.size, micro_batch)
+    def _drawn(self, filling: Filling) -> DrawnBatches:
+        return draw_batches(self.request.stage, self.request.size, filling)
 
     def _record(self, sharding: Sharding, documents: list) -> Recording:
         executed = self._executed(sharding)
@@ -327,7 +365,7 @@ class Planner:
         over = nearest.memory_bytes - device.usable_bytes
         lines = [
             f"{request.stage} of the {request.size} model does not fit on {request.gpus} x {device.name}: sharding "
-            f"{nearest.sharding} with micro_batch {nearest.micro_batch} needs {_size(nearest.memory_bytes)} per "
+            f"{nearest.sharding} with {nearest.filling} needs {_size(nearest.memory_bytes)} per "
             f"GPU, {_size(over)} more than the {_size(device.usable_bytes)} that can be used. It needs "
             + ", ".join(f"{_size(size)} for {kind}" for kind, size in _largest(nearest.memory))
         ]
@@ -338,20 +376,26 @@ class Planner:
         return ". ".join(lines)
 
     def _fitting_setting(self, nearest: Plan) -> str | None:
-        """With the same GPUs, where a setting was given: a smaller micro-batch, another sharding."""
+        """With the same GPUs, where a setting was given: smaller passes, another sharding."""
         request = self.request
         found = []
         if request.micro_batch is not None:
             smaller = [n for n in range(1, request.micro_batch) if request.micro_batch % n == 0]
-            fitting = (n for n in reversed(smaller) if self.evaluate(nearest.sharding, n).fits)
-            found += [f"micro_batch {n} with sharding {nearest.sharding}" for n in itertools.islice(fitting, 1)]
+            found += self._first_fitting(nearest.sharding, [Filling(n) for n in reversed(smaller)])
+        if request.tokens_per_batch is not None:
+            longest = model_config(request.size).layout().max_length
+            halves = [longest << k for k in reversed(range(20)) if longest << k < request.tokens_per_batch]
+            fillings = [Filling(tokens=tokens, pictures=request.pictures_per_batch) for tokens in halves]
+            found += self._first_fitting(nearest.sharding, fillings)
         if request.sharding is not None and request.gpus > 1:
             others = (s for s in SHARDINGS if s != request.sharding and not self._hopeless(s))
-            fitting_others = (s for s in others if self.evaluate(s, nearest.micro_batch).fits)
-            found += [
-                f"sharding {s} with micro_batch {nearest.micro_batch}" for s in itertools.islice(fitting_others, 1)
-            ]
+            fitting = (s for s in others if self.evaluate(s, nearest.filling).fits)
+            found += [f"sharding {s} with {nearest.filling}" for s in itertools.islice(fitting, 1)]
         return ", or ".join(found) or None
+
+    def _first_fitting(self, sharding: Sharding, fillings: list[Filling]) -> list[str]:
+        fitting = (filling for filling in fillings if self.evaluate(sharding, filling).fits)
+        return [f"{filling} with sharding {sharding}" for filling in itertools.islice(fitting, 1)]
 
     def _fitting_number(self) -> str | None:
         """The least number of GPUs, from the given one on, that fits one document each."""
@@ -362,7 +406,7 @@ class Planner:
         for count in counts:
             for sharding in SHARDINGS[1:] if count > 1 else SHARDINGS[:1]:
                 asked = Request(request.stage, request.size, count, request.precision, count, None, sharding)
-                if Planner(asked, device, self.records).evaluate(sharding, 1).fits:
+                if Planner(asked, device, self.records).evaluate(sharding, Filling(1)).fits:
                     return f"{count} GPU{'s' if count > 1 else ''} with sharding {sharding} and micro_batch 1"
         return None
 
@@ -385,4 +429,10 @@ def make_plan(
     """
     find_stage(request.stage)
     model_size(request.size)
+    longest = model_config(request.size).layout().max_length
+    if request.tokens_per_batch is not None and request.tokens_per_batch < longest:
+        raise ValueError(
+            f"tokens_per_batch {request.tokens_per_batch} must hold a document of {longest} tokens, the longest of the "
+            f"{request.size} model"
+        )
     return Planner(request, device, records, say).best()

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dreamllm.planning.batches import Filling
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
 from dreamllm.planning.paper import PAPER_MICRO_BATCH
-from dreamllm.planning.plan import Plan
+from dreamllm.planning.plan import Candidate, Plan
 from dreamllm.training.progress import plain_table, say
 from dreamllm.workloads import STAGES
 from dreamllm.workloads import stage as find_stage
@@ -58,9 +59,15 @@ def show(plan: Plan, console: Console) -> None:
 def _setting(plan: Plan) -> Table:
     table = plain_table(("setting", "left"), ("", "right"), ("", "left"))
     table.add_row("sharding", plan.sharding, "")
-    table.add_row("micro-batch", str(plan.micro_batch), "documents per GPU and pass")
+    if plan.filling.documents is None:
+        table.add_row("tokens per batch", str(plan.filling.tokens), "per GPU and pass (--batch.tokens)")
+        if plan.filling.pictures is not None:
+            table.add_row("pictures per batch", str(plan.filling.pictures), "to create, at most (--batch.pictures)")
+        table.add_row("documents", f"{plan.load.documents:.1f}", "per pass on average, chosen to fill it")
+    else:
+        table.add_row("micro-batch", str(plan.filling.documents), "documents per GPU and pass")
     table.add_row("accumulation", str(plan.accumulation), "passes per step")
-    table.add_row("global batch", str(plan.request.global_batch), "documents per step")
+    table.add_row("global batch", f"{plan.documents_per_step:.0f}", "documents per step")
     table.add_row("tokens", f"{plan.load.tokens:.0f}", f"per pass on average, {plan.largest.tokens:.0f} in the largest")
     table.add_row(
         "pictures", f"{plan.load.pictures:.1f}", f"created per pass, {plan.largest.pictures:.0f} in the largest"
@@ -128,19 +135,27 @@ def _limits(plan: Plan) -> Table:
 def _considered(plan: Plan) -> Table:
     table = plain_table(
         ("considered, by estimate", "left"),
-        ("micro-batch", "right"),
+        ("a pass holds", "right"),
         ("GiB", "right"),
         ("documents/s", "right"),
         ("", "left"),
     )
     for candidate in plan.considered[:10]:
-        chosen = candidate.sharding == plan.sharding and candidate.micro_batch == plan.micro_batch
+        chosen = (candidate.sharding, candidate.filling) == (plan.sharding, plan.filling)
         remark = "chosen" if chosen else ("" if candidate.fits else "does not fit")
         memory, speed = candidate.memory_bytes / GIB, candidate.documents_per_second
-        table.add_row(candidate.sharding, str(candidate.micro_batch), f"{memory:.1f}", f"{speed:,.1f}", remark)
+        table.add_row(candidate.sharding, _held(candidate.filling), f"{memory:.1f}", f"{speed:,.1f}", remark)
     if len(plan.considered) > 10:
         table.add_row(f"and {len(plan.considered) - 10} more", "", "", "", "")
     return table
+
+
+def _held(filling: Filling) -> str:
+    return f"{filling.tokens:,} tokens" if filling.documents is None else _documents(filling.documents)
+
+
+def _documents(count: int) -> str:
+    return f"{count} document{'s' if count > 1 else ''}"
 
 
 def _paper(plan: Plan) -> Table:
@@ -215,11 +230,18 @@ def assumptions(plan: Plan) -> list[str]:
         behind = 100 * plan.waiting_seconds / plan.step_seconds
         lines.append(
             f"the slowest of {plan.request.gpus} GPUs is {behind:.0f}% of a step behind the mean: drawn from the "
-            "documents' lengths and pictures; documents go to GPUs as they come"
+            "documents' lengths and pictures; "
+            + ("chosen to fill a pass" if plan.filling.documents is None else "documents go to GPUs as they come")
         )
     lines.append("reading and decoding of data is taken to keep up")
     lines.append("layers that are trained are computed again for the gradient, all but their attention")
     return lines
+
+
+def _as_values(candidate: Candidate) -> dict[str, Any]:
+    filling = candidate.filling
+    values = {name: value for name, value in vars(candidate).items() if name != "filling"}
+    return values | {"micro_batch": filling.documents, "tokens_per_batch": filling.tokens}
 
 
 def _ms(seconds: float) -> str:
@@ -242,9 +264,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpus": request.gpus,
         "precision": request.precision,
         "sharding": plan.sharding,
-        "micro_batch": plan.micro_batch,
+        "micro_batch": plan.filling.documents,
+        "tokens_per_batch": plan.filling.tokens,
+        "pictures_per_batch": plan.filling.pictures,
         "accumulation": plan.accumulation,
-        "global_batch": request.global_batch,
+        "global_batch": plan.documents_per_step,
         "tokens_per_pass": plan.load.tokens,
         "pictures_per_pass": plan.load.pictures,
         "trained_parameters": plan.layout.trained,
@@ -272,6 +296,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "original_padding": plan.original.padding,
         "left_out": list(LEFT_OUT),
         "sources": dict(device.sources),
-        "considered": [vars(candidate) for candidate in plan.considered],
+        "considered": [_as_values(candidate) for candidate in plan.considered],
         "assumptions": assumptions(plan),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from dreamllm.data import derive_seed
-from dreamllm.planning.batches import Load, draw_batches, load_of
+from dreamllm.planning.batches import Filling, Load, draw_batches, load_of
 from dreamllm.planning.estimate import DRIVERS, StepTime
 
 TRIALS = 100
@@ -15,9 +15,9 @@ TRIALS = 100
 
 
 @cache
-def group_loads(stage: str, size: str, micro_batch: int) -> tuple[Load, ...]:
+def group_loads(stage: str, size: str, filling: Filling) -> tuple[Load, ...]:
     """What the drawn batches hold."""
-    return tuple(load_of(group) for group in draw_batches(stage, size, micro_batch).groups)
+    return tuple(load_of(group) for group in draw_batches(stage, size, filling).groups)
 
 
 def pass_seconds(time: StepTime, mean: Load, load: Load) -> float:
@@ -40,7 +40,7 @@ def slowest_gpu_seconds(
     """By how much the slowest of `gpus` is behind the mean in a step, on average over drawn steps.
 
     `every_pass`: the GPUs meet in every one of a step's `accumulation` passes, as sharding makes them, not only at its
-    end. Documents go to GPUs as they come, which is what the trainer and the original do.
+    end. The GPUs' passes are filled independently of each other, as the trainer and the original fill them.
     """
     if gpus == 1:
         return 0.0

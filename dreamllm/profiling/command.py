@@ -40,7 +40,7 @@ def profile(
         precision: float32, or bfloat16 (autocast; parameters stay float32).
         device: auto is CUDA when there is one.
         documents_per_step: documents packed into the step's batch; by default what suits the size.
-        steps: steps that are timed; their median counts.
+        steps: steps that are timed; the least counts.
         num_threads: CPU threads of torch; by default torch's choice.
         seed: of the weights and the documents.
         json: print the figures as JSON instead of tables.

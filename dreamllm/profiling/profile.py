@@ -29,8 +29,9 @@ TRACE = "trace.json"
 
 @dataclass
 class Profile:
-    """What was measured. Seconds are medians over `steps` steps that nothing observed; those of the operators in
-    `recording` over as many that were recorded."""
+    """What was measured. Seconds are the least of `steps` steps that nothing observed, because whatever disturbs a step
+    only adds to it; those of the operators in `recording` the least of as many that were recorded. `data_seconds`: the
+    median of three batches."""
 
     workload: str
     size: str
@@ -94,9 +95,9 @@ def profile_workload(
         torch.get_num_threads(),
         steps,
         count([batch]),
-        statistics.median(times),
+        min(times),
         data_seconds,
-        _typical(recordings),
+        _undisturbed(recordings),
         waits.summary(),
         trace,
     )
@@ -127,11 +128,11 @@ def _recorded(step: PreparedStep, batch: PackedBatch, done: Callable[[], None]) 
     return recording
 
 
-def _typical(recordings: Sequence[Recording]) -> Recording:
-    """The last one, with the median of each operator's seconds: a machine's hiccup hits one recording only."""
+def _undisturbed(recordings: Sequence[Recording]) -> Recording:
+    """The last one, with the least of each operator's seconds."""
     seconds = [{(op.signature, op.part, op.phase): op.seconds for op in each.operators} for each in recordings]
     operators = [
-        replace(op, seconds=statistics.median(each[op.signature, op.part, op.phase] for each in seconds))
+        replace(op, seconds=min(each[op.signature, op.part, op.phase] for each in seconds))
         for op in recordings[-1].operators
     ]
     return replace(recordings[-1], operators=operators)

@@ -37,7 +37,7 @@ def show(profile: Profile, console: Console) -> None:
     say(console, "")
     say(
         console,
-        f"step {1e3 * profile.step_seconds:.1f} ms (median of {profile.steps}), "
+        f"step {1e3 * profile.step_seconds:.1f} ms (least of {profile.steps}), "
         f"{counts.documents / profile.step_seconds:.2f} documents/s, "
         f"{counts.tokens / profile.step_seconds:.0f} tokens/s, "
         f"{profile.recording.flops / profile.step_seconds / 1e9:.1f} GFLOP/s",

@@ -26,7 +26,7 @@ from dreamllm.planning import (
     make_plan,
     peak_flops,
 )
-from dreamllm.planning.batches import Load, draw_batches, load_of, pack
+from dreamllm.planning.batches import Filling, Load, draw_batches, load_of, pack
 from dreamllm.planning.devices import GIB, LINK_EFFICIENCY
 from dreamllm.planning.estimate import StepTime, layout_of, operators_time, simulate
 from dreamllm.planning.paper import original_work
@@ -57,8 +57,9 @@ def request(**changes) -> Request:
     return Request(**{**values, **changes})
 
 
-def evaluate(sharding: str, micro_batch: int, device=A800, **changes) -> Plan:
-    return Planner(request(**changes), device, None).evaluate(sharding, micro_batch)
+def evaluate(sharding: str, filling: int | Filling, device=A800, **changes) -> Plan:
+    filling = Filling(filling) if isinstance(filling, int) else filling
+    return Planner(request(**changes), device, None).evaluate(sharding, filling)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_a_step_of_the_7b_costs_the_published_operations():
     LLaMA-7B: 12.95 GFLOP per token forward, 0.26 for the head; UNet 0.803 TFLOP per picture, VAE encoder 1.12, CLIP
     0.155 (23 of 24 layers; here all run).
     """
-    documents = draw_batches("stage2", "7b", 1).typical
+    documents = draw_batches("stage2", "7b", Filling(1)).typical
     load = load_of(documents)
     recording = simulate("stage2", "7b", "pure_bfloat16", documents)
 
@@ -157,7 +158,7 @@ def test_a_step_of_the_7b_costs_the_published_operations():
 )
 def test_the_operations_that_a_run_counts_are_those_recorded(stage, size):
     """Where nothing is computed twice. A run does not count attention's scores again in its backward pass."""
-    documents = draw_batches(stage, size, 2).typical
+    documents = draw_batches(stage, size, Filling(2)).typical
     config = stage_config(stage, size)
     with torch.device("meta"):
         model = DreamLLM(model_config(size))
@@ -182,14 +183,35 @@ def test_the_peak_of_a_gpu_is_taken_by_its_name(monkeypatch):
 
 
 def test_the_largest_batch_decides_the_memory():
-    drawn = draw_batches("stage2", "tiny", 4)
+    drawn = draw_batches("stage2", "tiny", Filling(4))
     assert load_of(drawn.largest(1.0, 0.0)).tokens == max(load_of(group).tokens for group in drawn.groups)
     plan = evaluate("full", 4)
     assert plan.largest.tokens > plan.load.tokens
 
 
+def test_passes_of_tokens_are_full():
+    """Each holds at most the tokens and pictures; together nearly all of them: what training's packing is held to."""
+    drawn = draw_batches("stage2", "7b", Filling(tokens=8192, pictures=24))
+    loads = [load_of(group) for group in drawn.groups]
+    assert max(load.tokens for load in loads) <= 8192
+    assert max(load.pictures for load in loads) <= 24
+    assert drawn.mean.tokens == pytest.approx(sum(load.tokens for load in loads) / len(loads))
+    assert drawn.mean.tokens > 0.97 * 8192
+    whole = draw_batches("stage2", "7b", Filling(tokens=8192)).mean
+    assert whole.tokens / whole.documents == pytest.approx(
+        draw_batches("stage2", "7b", Filling(8)).mean.tokens / 8, 0.03
+    )
+
+
+def test_documents_with_too_many_pictures_are_left_out_as_in_training():
+    groups = draw_batches("stage2", "7b", Filling(tokens=4096, pictures=1)).groups
+    assert max(len(document.targets) for group in groups for document in group) == 1
+    with pytest.raises(ValueError, match="document of stage1_creation creates more than 0 pictures"):
+        draw_batches("stage1_creation", "7b", Filling(tokens=4096, pictures=0))
+
+
 def test_drawn_batches_hold_what_the_stage_holds():
-    drawn = draw_batches("stage2", "7b", 8)
+    drawn = draw_batches("stage2", "7b", Filling(8))
     assert 600 * 8 < drawn.mean.tokens < 1000 * 8
     assert load_of(drawn.typical).tokens == pytest.approx(drawn.mean.tokens, rel=0.1)
     assert drawn.mean.documents == 8
@@ -269,6 +291,18 @@ def test_waiting_is_part_of_the_step():
     assert plan.limits["waiting"] == plan.waiting_seconds
     alone = evaluate("none", 8, gpus=1)
     assert alone.waiting_seconds == 0
+
+
+def test_gpus_wait_less_where_tokens_fill_their_passes():
+    """As many tokens as 8 documents have on average, so that a step has the same documents but for rounding."""
+    tokens = round(draw_batches("stage2", "tiny", Filling(8)).mean.tokens)
+    counted = evaluate("full", 8)
+    filled = evaluate("full", Filling(tokens=tokens))
+    assert filled.accumulation == counted.accumulation == 2
+    assert filled.documents_per_step == pytest.approx(256, rel=0.1)
+    assert filled.waiting_seconds < 0.5 * counted.waiting_seconds
+    assert filled.steps == pytest.approx(4_000_000 / filled.documents_per_step, abs=1)
+    assert evaluate("full", Filling(tokens=tokens), tokens_per_batch=tokens, passes=3).accumulation == 3
 
 
 def test_the_originals_work_is_what_its_steps_compute():
@@ -357,15 +391,17 @@ def test_records_are_read_from_a_profile(tmp_path, profile):
 def test_the_search_finds_the_fastest_setting_that_fits():
     best = make_plan(request(global_batch=32), A800)
     assert best.fits
-    assert len(best.considered) == len(SHARDINGS) * 2
-    exhaustive = [evaluate(c.sharding, c.micro_batch, global_batch=32) for c in best.considered]
+    fillings = {candidate.filling for candidate in best.considered}
+    assert {filling.documents for filling in fillings} == {None, 1, 2}
+    assert len(best.considered) == len(SHARDINGS) * len(fillings)
+    exhaustive = [evaluate(c.sharding, c.filling, global_batch=32) for c in best.considered]
     fastest = max((p for p in exhaustive if p.fits), key=lambda p: p.documents_per_second)
     assert best.documents_per_second == pytest.approx(fastest.documents_per_second, rel=0.05)
 
 
 def test_a_given_setting_is_kept():
     plan = make_plan(request(micro_batch=2, sharding="hybrid"), A800)
-    assert (plan.sharding, plan.micro_batch, plan.accumulation) == ("hybrid", 2, 8)
+    assert (plan.sharding, plan.filling, plan.accumulation) == ("hybrid", Filling(2), 8)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
@@ -379,6 +415,10 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     over = evaluate("full", 8).memory_bytes - 1.1 * enough
     assert f"{over / 2**20:.1f} MiB more than the {1.1 * enough / 2**20:.1f} MiB that can be used" in message
     assert "What would fit: micro_batch 1 with sharding full" in message
+    with pytest.raises(
+        DoesNotFitError, match=r"with tokens_per_batch 2048 needs .* What would fit: tokens_per_batch \d+"
+    ):
+        make_plan(request(tokens_per_batch=2048, sharding="full"), small)
     with pytest.raises(DoesNotFitError, match=r"What would fit: \d+ GPUs with sharding \w+ and micro_batch 1"):
         make_plan(request(gpus=1, global_batch=1), small)
     nothing = replace(A800, memory_gib=3.0 + 1e-6)
@@ -425,6 +465,19 @@ def test_the_command_prints_json(capsys):
     assert values["memory_bytes_total"] == pytest.approx(sum(values["memory_bytes"].values()))
 
 
+def test_the_command_plans_passes_of_tokens(capsys):
+    filling = ["--tokens-per-batch", "512", "--pictures-per-batch", "24"]
+    main(["plan", "--gpus", "8", "--stage", "2", "--size", "tiny", *filling, "--sharding", "full", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert (values["micro_batch"], values["tokens_per_batch"], values["pictures_per_batch"]) == (None, 512, 24)
+    assert values["global_batch"] == pytest.approx(values["documents_per_second"] * values["step_seconds"])
+    assert 0.9 * 512 < values["tokens_per_pass"] <= 512
+    main(["plan", "--gpus", "8", "--stage", "2", "--size", "tiny", *filling, "--sharding", "full"])
+    shown = capsys.readouterr().out
+    assert "tokens per batch     512  per GPU and pass (--batch.tokens)" in shown
+    assert "pictures per batch    24  to create, at most (--batch.pictures)" in shown
+
+
 def test_a_plan_for_this_processor(tmp_path, capsys):
     main(["profile", "--size", "tiny", "--steps", "1", "--out", str(tmp_path / "p")])
     records = str(tmp_path / "p" / "profile.json")
@@ -462,6 +515,9 @@ def test_every_figure_of_a_gpu_has_a_source():
         (["--precision", "float32"], "float32 is planned for the cpu only"),
         (["--network-gb-per-s", "0"], "network_gb_per_s must be positive, not 0"),
         (["--sharding", "zero"], "sharding"),
+        (["--tokens-per-batch", "100"], "tokens_per_batch 100 must hold a document of 128 tokens"),
+        (["--tokens-per-batch", "512", "--micro-batch", "2"], "give either micro_batch (documents per pass) or tokens"),
+        (["--pictures-per-batch", "2"], "pictures_per_batch belongs to tokens_per_batch, which is not given"),
         (["--records", "nowhere.json"], "nowhere.json"),
     ],
 )

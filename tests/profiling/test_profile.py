@@ -17,7 +17,7 @@ from dreamllm.cli import main
 from dreamllm.profiling import as_fake, prepare, profile_workload
 from dreamllm.profiling.operators import FlopCounter, kind_of
 from dreamllm.profiling.parts import PARTS, PartTracker
-from dreamllm.profiling.profile import _typical
+from dreamllm.profiling.profile import _undisturbed
 from dreamllm.profiling.recorder import Operator, Recorder
 from dreamllm.profiling.report import show
 from dreamllm.profiling.workload import PreparedStep, Recording
@@ -242,7 +242,7 @@ def test_times_are_those_of_the_step(measured):
     assert measured.synchronisations == []
 
 
-def test_an_operators_seconds_are_the_median_of_the_recordings():
+def test_an_operators_seconds_are_the_least_of_the_recordings():
     def recording(*seconds: float) -> Recording:
         operators = [
             Operator(name, "matrix product", name, "LLM", "forward", 1, 1, 1, s)
@@ -250,8 +250,8 @@ def test_an_operators_seconds_are_the_median_of_the_recordings():
         ]
         return Recording(operators, {}, 0, {}, {}, {})
 
-    found = _typical([recording(1.0, 9.0), recording(5.0, 2.0), recording(2.0, 3.0)])
-    assert [operator.seconds for operator in found.operators] == [2.0, 3.0]
+    found = _undisturbed([recording(1.0, 9.0), recording(5.0, 2.0), recording(2.0, 3.0)])
+    assert [operator.seconds for operator in found.operators] == [1.0, 2.0]
 
 
 def test_the_trace_has_a_range_for_each_part(measured):

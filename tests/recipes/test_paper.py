@@ -75,6 +75,15 @@ def test_a_dry_run_needs_nothing_and_says_everything(capsys):
     assert re.search(rf"language_model +{layers / 1e6:,.2f} +trained", text)
 
 
+def test_a_dry_run_plans_passes_of_tokens(capsys):
+    filling = ["--batch.tokens", "4096", "--batch.pictures", "20", "--batch.micro-batches", "128"]
+    main(["train", "stage2", "--dry-run", "--gpus", "64", *filling])
+    text = capsys.readouterr().out
+    per_step = int(re.search(r"([\d,]+) per step on average", text)[1].replace(",", ""))
+    assert 0.97 * 128 * 4096 < per_step <= 128 * 4096
+    assert "chosen to fill a pass" in text
+
+
 def test_a_dry_run_counts_adapters_and_says_that_it_does_not_plan_them(capsys):
     main(["train", "stage3", "--dry-run", "--lora.rank", "16"])
     text = capsys.readouterr().out

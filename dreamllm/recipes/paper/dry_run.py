@@ -159,18 +159,26 @@ def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> N
     if _shape(config) != _shape(model_config(SIZE)):
         say(console, "memory and time: the planner knows the 7B only; measure this size with dreamllm profile")
         return
-    each = max(1, round(run.documents_per_pass))
-    sharding = "none" if run.gpus == 1 else run.settings.sharding
-    documents = each * run.config.micro_batches
-    above = run.settings.shard_frozen_above_mib
-    request = Request(run.config.kind, SIZE, run.gpus, run.settings.precision, documents, each, sharding, above)
+    stage, settings = run.config, run.settings
+    packed = stage.tokens_per_batch is not None
+    request = Request(
+        stage.kind,
+        SIZE,
+        run.gpus,
+        settings.precision,
+        global_batch=round(run.documents_per_step),
+        micro_batch=None if packed else round(run.documents_per_pass),
+        sharding="none" if run.gpus == 1 else settings.sharding,
+        shard_frozen_above_mib=settings.shard_frozen_above_mib,
+        tokens_per_batch=stage.tokens_per_batch,
+        pictures_per_batch=stage.pictures_per_batch,
+        passes=stage.micro_batches // run.gpus if packed else None,
+    )
     try:
         plan = make_plan(request, find_device(run.gpu, None))
     except DoesNotFitError as error:
         say(console, f"does not fit: {error}")
         return
-    if run.config.tokens_per_batch is not None:
-        say(console, f"passes are planned as {each} documents each, the mean of what their tokens hold")
     say(console, f"on {run.gpus} x {plan.device.name}; predicted, nothing was measured on this device")
     for table in (memory_table(plan), time_table(plan), _length(run, plan)):
         say(console, "")
