@@ -15,8 +15,8 @@ import torch
 
 from dreamllm.planning.devices import find_device
 from dreamllm.planning.estimate import operators_time
-from dreamllm.planning.records import Records, records_of
-from dreamllm.profiling import as_fake, prepare, profile_workload
+from dreamllm.planning.records import Records, records_of_step
+from dreamllm.profiling import Recording, Repetitions, as_fake, device_name, prepare
 from dreamllm.profiling.workload import Precision
 from dreamllm.training import stage_batches
 from dreamllm.workloads import make_processor, stage_config
@@ -36,29 +36,42 @@ def predicted_seconds(workload: str, documents: int, precision: Precision, recor
     return operators_time(recording.operators, find_device("cpu", records), records).seconds
 
 
-def measured_seconds(workload: str, documents: int, precision: Precision, steps: int) -> float:
-    """The least of `steps` steps after one: what disturbs a step only adds to it, here and in the calibration."""
-    config = stage_config(workload, SIZE, documents)
-    batch = stage_batches(config, make_processor(SIZE))[0].batch.to("cpu")
-    step = prepare(SIZE, config, precision)
-    step.run([batch])
-    times = []
-    for _ in range(steps):
+class Timed:
+    """A step whose repetitions are timed."""
+
+    def __init__(self, workload: str, documents: int, precision: Precision) -> None:
+        config = stage_config(workload, SIZE, documents)
+        self.batch = stage_batches(config, make_processor(SIZE))[0].batch.to("cpu")
+        self.step = prepare(SIZE, config, precision)
+        self.step.run([self.batch])
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
         begin = time.perf_counter()
-        step.run([batch])
-        times.append(time.perf_counter() - begin)
-    return min(times)
+        self.step.run([self.batch])
+        self.seconds.append(time.perf_counter() - begin)
+
+    def record(self) -> Recording:
+        return self.step.record(self.batch, self.batch.cu_seqlens.diff().tolist(), timed=True)
 
 
 def check(precision: Precision, steps: int) -> dict:
-    """Calibrates, predicts and measures; prints one line per held-out step."""
-    workload, documents = CALIBRATION
-    profile = profile_workload(workload, SIZE, precision, documents_per_step=documents, steps=steps)
-    records = records_of(profile)
+    """Measures, calibrates and predicts; prints one line per held-out step.
+
+    Of every round each step runs once: a shared machine is faster and slower for seconds at a time, and what is
+    compared must have seen the same.
+    """
+    calibration = Timed(*CALIBRATION, precision)
+    held_out = [Timed(*each, precision) for each in HELD_OUT]
+    repetitions = Repetitions()
+    for _ in range(steps):
+        for timed in (*held_out, calibration):  # which is recorded next
+            timed.run()
+        repetitions.add(calibration.seconds[-1], calibration.record())
+    records = records_of_step("cpu", repetitions.recording, repetitions.unattributed_seconds)
     rows = []
-    for workload, documents in HELD_OUT:
-        expected = predicted_seconds(workload, documents, precision, records)
-        found = measured_seconds(workload, documents, precision, steps)
+    for (workload, documents), timed in zip(HELD_OUT, held_out, strict=True):
+        expected, found = predicted_seconds(workload, documents, precision, records), min(timed.seconds)
         error = expected / found - 1
         rows.append(
             {
@@ -72,8 +85,8 @@ def check(precision: Precision, steps: int) -> dict:
         print(f"{precision:9} {workload:7} {documents:3} documents: predicted {1e3 * expected:7.1f} ms, "
               f"measured {1e3 * found:7.1f} ms, {100 * error:+.0f}%", flush=True)  # fmt: skip
     return {
-        "device": profile.device,
-        "threads": profile.threads,
+        "device": device_name("cpu"),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "size": SIZE,
         "calibration": {"workload": CALIBRATION[0], "documents": CALIBRATION[1]},

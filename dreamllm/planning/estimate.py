@@ -102,8 +102,8 @@ def operators_time(operators: Iterable[Operator], device: Device, records: Recor
         time.by_phase[operator.phase] += operator.calls * seconds
     busy = time.seconds
     time.measured_share = time.by_limit.get("measured", 0.0) / busy if busy else 0.0
-    between = records.seconds_between_operators * calls if records is not None else 0.0
-    time.by_limit["launch"] += between if device.key == "cpu" else max(0.0, calls * device.launch_seconds - busy)
+    outside = records.outside * busy if records is not None else 0.0
+    time.by_limit["launch"] += outside if device.key == "cpu" else max(0.0, calls * device.launch_seconds - busy)
     return time
 
 

@@ -1,6 +1,6 @@
 """Profiling: the training step of a workload by part and operator, with its memory and host synchronisations."""
 
-from dreamllm.profiling.profile import Profile, profile_workload
+from dreamllm.profiling.profile import Profile, Repetitions, device_name, profile_workload
 from dreamllm.profiling.synchronisation import HostSynchronisations, Synchronisation
 from dreamllm.profiling.workload import PreparedStep, Recording, as_fake, prepare
 
@@ -9,8 +9,10 @@ __all__ = [
     "PreparedStep",
     "Profile",
     "Recording",
+    "Repetitions",
     "Synchronisation",
     "as_fake",
+    "device_name",
     "prepare",
     "profile_workload",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,10 +29,43 @@ TRACE = "trace.json"
 
 
 @dataclass
+class Repetitions:
+    """A step's seconds when nothing observed it, and its recording, in turn: a machine that slows down slows both."""
+
+    seconds: list[float] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+
+    def add(self, seconds: float, recording: Recording) -> None:
+        self.seconds.append(seconds)
+        self.recordings.append(recording)
+
+    @property
+    def step_seconds(self) -> float:
+        """The least: what disturbs a step only adds to it."""
+        return min(self.seconds)
+
+    @property
+    def recording(self) -> Recording:
+        """The last one, with the least of each operator's seconds."""
+        found = [{(op.signature, op.part, op.phase): op.seconds for op in each.operators} for each in self.recordings]
+        operators = [
+            replace(op, seconds=min(each[op.signature, op.part, op.phase] for each in found))
+            for op in self.recordings[-1].operators
+        ]
+        return replace(self.recordings[-1], operators=operators)
+
+    @property
+    def unattributed_seconds(self) -> float:
+        """Of a step, not inside any operator: Python and autograd, or gaps between kernels. The median of what each
+        step took beyond the operators recorded next to it: of the least times it would be what disturbs a whole step
+        and not every operator."""
+        inside = [sum(op.seconds for op in recording.operators) for recording in self.recordings]
+        return max(0.0, statistics.median(map(operator.sub, self.seconds, inside)))
+
+
+@dataclass
 class Profile:
-    """What was measured. Seconds are the least of `steps` steps that nothing observed, because whatever disturbs a step
-    only adds to it; those of the operators in `recording` the least of as many that were recorded. `data_seconds`: the
-    median of three batches."""
+    """What was measured in `steps` repetitions; see `Repetitions`. `data_seconds`: the median of three batches."""
 
     workload: str
     size: str
@@ -41,15 +75,11 @@ class Profile:
     steps: int
     counts: StepCounts
     step_seconds: float
+    unattributed_seconds: float
     data_seconds: float
     recording: Recording
     synchronisations: list[str]
     trace: Path | None
-
-    @property
-    def unattributed_seconds(self) -> float:
-        """Of a step, not inside any operator: Python and autograd, or gaps between kernels."""
-        return max(0.0, self.step_seconds - sum(operator.seconds for operator in self.recording.operators))
 
 
 def profile_workload(
@@ -80,24 +110,26 @@ def profile_workload(
         data_seconds, batch = _load(loader, device)
         step.run([batch])  # warm-up
         ran()
-        times = [_timed(step, batch, ran) for _ in range(steps)]
         with HostSynchronisations() as waits:
             step.run([batch])
         ran()
-        recordings = [_recorded(step, batch, ran) for _ in range(steps)]
+        repetitions = Repetitions()
+        for _ in range(steps):
+            repetitions.add(_timed(step, batch, ran), _recorded(step, batch, ran))
         trace = None if out is None else _write_trace(step, batch, out / TRACE)
         ran()
     return Profile(
         config.name,
         size,
         precision,
-        _device_name(device),
+        device_name(device),
         torch.get_num_threads(),
         steps,
         count([batch]),
-        min(times),
+        repetitions.step_seconds,
+        repetitions.unattributed_seconds,
         data_seconds,
-        _undisturbed(recordings),
+        repetitions.recording,
         waits.summary(),
         trace,
     )
@@ -126,16 +158,6 @@ def _recorded(step: PreparedStep, batch: PackedBatch, done: Callable[[], None]) 
     recording = step.record(batch, batch.cu_seqlens.diff().tolist(), timed=True)
     done()
     return recording
-
-
-def _undisturbed(recordings: Sequence[Recording]) -> Recording:
-    """The last one, with the least of each operator's seconds."""
-    seconds = [{(op.signature, op.part, op.phase): op.seconds for op in each.operators} for each in recordings]
-    operators = [
-        replace(op, seconds=min(each[op.signature, op.part, op.phase] for each in seconds))
-        for op in recordings[-1].operators
-    ]
-    return replace(recordings[-1], operators=operators)
 
 
 def _wait(step: PreparedStep) -> None:
@@ -175,7 +197,7 @@ def _ranges(step: PreparedStep) -> Iterator[None]:
         close()
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):

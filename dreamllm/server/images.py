@@ -16,9 +16,9 @@ from PIL import Image
 
 from dreamllm.documents import Document, Text
 from dreamllm.inference import GenerationOptions
-from dreamllm.server.backend import Event, Failed, Finished, PictureDrawn, PictureStep, Work
+from dreamllm.server.backend import Event, Finished, PictureDrawn, PictureStep, Work
 from dreamllm.server.bodies import parse_json, read_body
-from dreamllm.server.errors import bad_request, json_response, of_failure
+from dreamllm.server.errors import bad_request
 from dreamllm.server.limits import Limits
 from dreamllm.server.middleware import Record, record_of
 from dreamllm.server.options import any_seed, beyond, check_model, drawing_options
@@ -27,7 +27,7 @@ from dreamllm.server.prompts import check_text
 from dreamllm.server.replies import completed_image, images_reply, partial_image
 from dreamllm.server.schemas import ImagesRequest, parse
 from dreamllm.server.service import Running, Served, Service
-from dreamllm.server.streams import EventStream
+from dreamllm.server.streams import answer_whole, answer_with_events
 from dreamllm.server.watching import while_connected
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -45,27 +45,15 @@ async def _answer(service: Service, record: Record, body: bytes) -> Response:
     if service.log_prompts:
         record.prompt = [work.prompt.text()]
     running = service.submit(work, record.arrived)
-    handed_over = False
-    try:
-        if stream:
-            first = await running.next()
-            if isinstance(first, Failed):
-                raise of_failure(first)
-            response = EventStream(running, _events(service, running, first, work, record), record)
-            handed_over = True
-            return response
-        return json_response(await _collect(service, running, work, record))
-    finally:
-        if not handed_over:
-            running.close()
+    if stream:
+        return await answer_with_events(running, partial(_events, service, running, work, record), record)
+    return await answer_whole(running, _collect(service, running, work, record))
 
 
 async def _collect(service: Service, running: Running, work: Work, record: Record) -> dict[str, Any]:
     pictures: list[str] = []
     while True:
         event = await running.next()
-        if isinstance(event, Failed):
-            raise of_failure(event)
         if isinstance(event, PictureDrawn):
             pictures.append(await service.parsed(partial(png_base64, event.image)))
         if isinstance(event, Finished):
@@ -74,15 +62,13 @@ async def _collect(service: Service, running: Running, work: Work, record: Recor
 
 
 async def _events(
-    service: Service, running: Running, event: Event, work: Work, record: Record
+    service: Service, running: Running, work: Work, record: Record, event: Event
 ) -> AsyncIterator[dict[str, Any]]:
     """Previews as they come, then every picture."""
     size, seed = _size_of(work, service.served), work.options.seed
     previews: Counter[int] = Counter()
     pictures: list[Image.Image] = []
     while not isinstance(event, Finished):
-        if isinstance(event, Failed):
-            raise of_failure(event)
         if isinstance(event, PictureStep):
             number = previews[event.candidate]
             previews[event.candidate] += 1

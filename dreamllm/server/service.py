@@ -14,7 +14,7 @@ from typing import TypeVar
 from dreamllm.documents import ChatTemplate
 from dreamllm.inference import DrawingOptions
 from dreamllm.server.backend import Backend, Event, Failed, Started, Work
-from dreamllm.server.errors import ApiError, too_late
+from dreamllm.server.errors import ApiError, of_failure, too_late
 from dreamllm.server.fetching import Fetcher
 from dreamllm.server.limits import Limits
 from dreamllm.server.metrics import Metrics
@@ -140,11 +140,13 @@ class Running:
         return max(0.0, self._arrived + self._service.limits.request_seconds - time.monotonic())
 
     async def next(self) -> Event:
-        """The next event but `Started`. Raises `ApiError` 504 at the deadline."""
+        """The next event but `Started`. Raises `ApiError` for work that failed, and 504 at the deadline."""
         while True:
             event = await self._events.get()
             if event is None:
                 raise too_late(self._service.limits.request_seconds)
+            if isinstance(event, Failed):
+                raise of_failure(event)
             if not isinstance(event, Started):
                 return event
             self._service.metrics.began(time.monotonic() - self._arrived)

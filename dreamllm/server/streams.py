@@ -1,19 +1,40 @@
-"""Answers as server-sent events."""
+"""Answers to running work: whole, or as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dreamllm.server.errors import ApiError, ClientGoneError
+from dreamllm.server.backend import Event
+from dreamllm.server.errors import ApiError, ClientGoneError, json_response
 from dreamllm.server.middleware import CLIENT_LEFT, Record
 from dreamllm.server.service import Running
 from dreamllm.server.watching import while_connected
+
+
+async def answer_whole(running: Running, values: Awaitable[dict[str, Any]]) -> Response:
+    """The answer once it is complete. The work ends with it, or with what goes wrong."""
+    try:
+        return json_response(await values)
+    finally:
+        running.close()
+
+
+async def answer_with_events(
+    running: Running, values: Callable[[Event], AsyncIterator[dict[str, Any]]], record: Record
+) -> Response:
+    """A stream of `values`, which take the work's first event: what fails before it still has a status of its own."""
+    try:
+        first = await running.next()
+    except BaseException:
+        running.close()
+        raise
+    return EventStream(running, values(first), record)
 
 
 class EventStream(Response):

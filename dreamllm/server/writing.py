@@ -14,9 +14,9 @@ from PIL import Image
 
 from dreamllm.documents import Document, Text
 from dreamllm.inference import GenerationOptions
-from dreamllm.server.backend import Event, Failed, Finished, PictureDrawn, PictureStep, TextPiece, Work
+from dreamllm.server.backend import Event, Finished, PictureDrawn, PictureStep, TextPiece, Work
 from dreamllm.server.bodies import read_body
-from dreamllm.server.errors import bad_request, json_response, of_failure
+from dreamllm.server.errors import bad_request
 from dreamllm.server.limits import Limits
 from dreamllm.server.middleware import Record, record_of
 from dreamllm.server.options import check_model, writing_options
@@ -25,7 +25,7 @@ from dreamllm.server.prompts import PictureUrl, load_pictures
 from dreamllm.server.replies import FINISH_REASONS, Composer, Reply, content_of
 from dreamllm.server.schemas import Writing
 from dreamllm.server.service import Running, Served, Service
-from dreamllm.server.streams import EventStream
+from dreamllm.server.streams import answer_whole, answer_with_events
 from dreamllm.server.watching import while_connected
 
 
@@ -68,28 +68,16 @@ async def _answer(service: Service, record: Record, body: bytes, understand: Und
     service.metrics.read_pictures(len(work.prompt.pictures()))
     running = service.submit(work, record.arrived)
     reply = kind(record.id, service.served.name, work.options.seed)
-    handed_over = False
-    try:
-        if asked.request.stream:
-            first = await running.next()
-            if isinstance(first, Failed):
-                raise of_failure(first)
-            options = asked.request.stream_options
-            with_usage = options is not None and bool(options.include_usage)
-            stream = EventStream(running, _chunks(running, first, reply, record, with_usage), record)
-            handed_over = True
-            return stream
-        return json_response(await _whole(service, running, reply, record))
-    finally:
-        if not handed_over:
-            running.close()
+    if asked.request.stream:
+        options = asked.request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        return await answer_with_events(running, partial(_chunks, running, reply, record, with_usage), record)
+    return await answer_whole(running, _whole(service, running, reply, record))
 
 
 async def _whole(service: Service, running: Running, reply: Reply, record: Record) -> dict[str, Any]:
     while True:
         event = await running.next()
-        if isinstance(event, Failed):
-            raise of_failure(event)
         if isinstance(event, Finished):
             record.usage = event.usage
             content = await service.parsed(partial(content_of, event.document)) if event.document else ""
@@ -97,14 +85,12 @@ async def _whole(service: Service, running: Running, reply: Reply, record: Recor
 
 
 async def _chunks(
-    running: Running, event: Event, reply: Reply, record: Record, with_usage: bool
+    running: Running, reply: Reply, record: Record, with_usage: bool, event: Event
 ) -> AsyncIterator[dict[str, Any]]:
     if reply.opening is not None:
         yield reply.opening
     composer = Composer()
     while not isinstance(event, Finished):
-        if isinstance(event, Failed):
-            raise of_failure(event)
         if isinstance(event, TextPiece) and (content := composer.text(event.text)):
             yield reply.chunk(content)
         if isinstance(event, PictureDrawn):

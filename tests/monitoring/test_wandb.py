@@ -46,7 +46,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def log(run: Path, *lines) -> None:
-    """What a run with the switch on does, in its main process."""
+    """What a run with the switch on does, in a main process of its own."""
     (observer,) = watching(
         run, SampleSettings(), LogSettings(wandb="dreams"), {"seed": 7, "stages": [{"name": "one"}]}
     )(True)
@@ -54,6 +54,7 @@ def log(run: Path, *lines) -> None:
         observer.line(each)
         assert not observer.needs_model(number)
     observer.close()
+    importlib.import_module("wandb").teardown()  # as when a process ends: its service has then written everything
 
 
 def test_every_line_is_in_the_runs_own_file_and_a_resumed_run_goes_on_under_its_name(offline):

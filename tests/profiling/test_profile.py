@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamkernels import attention, linear_cross_entropy
 from dreamllm.cli import main
-from dreamllm.profiling import as_fake, prepare, profile_workload
+from dreamllm.profiling import Repetitions, as_fake, prepare, profile_workload
 from dreamllm.profiling.operators import FlopCounter, kind_of
 from dreamllm.profiling.parts import PARTS, PartTracker
-from dreamllm.profiling.profile import _undisturbed
 from dreamllm.profiling.recorder import Operator, Recorder
 from dreamllm.profiling.report import show
 from dreamllm.profiling.workload import PreparedStep, Recording
@@ -242,7 +241,7 @@ def test_times_are_those_of_the_step(measured):
     assert measured.synchronisations == []
 
 
-def test_an_operators_seconds_are_the_least_of_the_recordings():
+def test_disturbances_count_neither_for_operators_nor_between_them():
     def recording(*seconds: float) -> Recording:
         operators = [
             Operator(name, "matrix product", name, "LLM", "forward", 1, 1, 1, s)
@@ -250,8 +249,12 @@ def test_an_operators_seconds_are_the_least_of_the_recordings():
         ]
         return Recording(operators, {}, 0, {}, {}, {})
 
-    found = _undisturbed([recording(1.0, 9.0), recording(5.0, 2.0), recording(2.0, 3.0)])
-    assert [operator.seconds for operator in found.operators] == [1.0, 2.0]
+    found = Repetitions()
+    for seconds, recorded in ((11.0, recording(1.0, 9.0)), (7.5, recording(5.0, 2.0)), (9.0, recording(2.0, 3.0))):
+        found.add(seconds, recorded)
+    assert [operator.seconds for operator in found.recording.operators] == [1.0, 2.0]
+    assert found.step_seconds == 7.5
+    assert found.unattributed_seconds == 1.0  # of 1.0, 0.5 and 4.0
 
 
 def test_the_trace_has_a_range_for_each_part(measured):
