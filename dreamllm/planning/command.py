@@ -13,6 +13,7 @@ from dreamllm.planning.records import load_records
 from dreamllm.planning.report import as_json, show
 from dreamllm.planning.sharding import Sharding
 from dreamllm.profiling.workload import Precision
+from dreamllm.training import LoraSettings
 from dreamllm.training.progress import quiet_transformers
 from dreamllm.workloads import model_size
 from dreamllm.workloads import stage as find_stage
@@ -32,6 +33,7 @@ def plan(
     shard_frozen_above_mib: int | None = None,
     tokens_per_batch: int | None = None,
     pictures_per_batch: int | None = None,
+    lora_rank: int | None = None,
     records: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -51,6 +53,7 @@ def plan(
         shard_frozen_above_mib: frozen parts that take more are divided, too; as settings.shard_frozen_above_mib.
         tokens_per_batch: tokens per GPU and pass instead, for which documents are chosen; as batch.tokens in training.
         pictures_per_batch: most pictures to create in such a pass; as batch.pictures.
+        lora_rank: adapters of this rank train in the place of the decoder's layers, as lora.rank in training.
         records: profile.json that dreamllm profile wrote on such a device; its operators are taken as measured.
         json: print the figures as JSON instead of tables.
     """
@@ -70,6 +73,7 @@ def plan(
         shard_frozen_above_mib,
         tokens_per_batch,
         pictures_per_batch,
+        lora=None if lora_rank is None else LoraSettings(lora_rank),
     )
     console = Console()
     with quiet_transformers(), Console(stderr=True).status("planning") as status:

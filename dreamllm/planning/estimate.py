@@ -17,6 +17,7 @@ from dreamllm.planning.records import Records
 from dreamllm.planning.sharding import Layout
 from dreamllm.profiling.recorder import GRADIENTS, HELD_COPIES, Operator
 from dreamllm.profiling.workload import Precision, PreparedStep, Recording, as_fake, prepare
+from dreamllm.training import LoraSettings
 from dreamllm.training.frozen import GATHERED, large_parts
 from dreamllm.workloads import stage_config
 
@@ -32,32 +33,44 @@ DRIVERS = {
 
 
 @lru_cache(maxsize=4)
-def _prepared(stage: str, size: str, precision: Precision) -> PreparedStep:
-    return prepare(size, stage_config(stage, size), precision, fake=True)
+def _prepared(stage: str, size: str, precision: Precision, lora: LoraSettings | None) -> PreparedStep:
+    return prepare(size, replace(stage_config(stage, size), lora=lora), precision, fake=True)
 
 
-def model_of(stage: str, size: str, precision: Precision) -> DreamLLM:
+def model_of(stage: str, size: str, precision: Precision, lora: LoraSettings | None = None) -> DreamLLM:
     """The model of the stage on tensors without memory, its parameters trained or frozen as in it."""
-    return _prepared(stage, size, precision).model
+    return _prepared(stage, size, precision, lora).model
 
 
-_recorded: dict[tuple[str, ...], Recording] = {}
+_recorded: dict[tuple[object, ...], Recording] = {}
 
 
-def simulate(stage: str, size: str, precision: Precision, documents: list[EncodedDocument]) -> Recording:
+def simulate(
+    stage: str,
+    size: str,
+    precision: Precision,
+    documents: list[EncodedDocument],
+    lora: LoraSettings | None = None,
+) -> Recording:
     """Records the real training step on `documents` with tensors that have shapes but no memory. Once per set of
     documents, which their names identify."""
-    key = (stage, size, precision, *(document.name for document in documents))
+    key = (stage, size, precision, lora, *(document.name for document in documents))
     if key not in _recorded:
-        step = _prepared(stage, size, precision)
+        step = _prepared(stage, size, precision, lora)
         batch = pack(documents, size)
         _recorded[key] = step.record(as_fake(batch, step), [len(document) for document in documents], timed=False)
     return _recorded[key]
 
 
-def layout_of(stage: str, size: str, precision: Precision, shard_frozen_above_mib: int | None = None) -> Layout:
+def layout_of(
+    stage: str,
+    size: str,
+    precision: Precision,
+    shard_frozen_above_mib: int | None = None,
+    lora: LoraSettings | None = None,
+) -> Layout:
     """Trained and frozen parameters of the stage; frozen parts that take more than the threshold are spread."""
-    model = model_of(stage, size, precision)
+    model = model_of(stage, size, precision, lora)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     layers = next((list(m) for m in model.decoder.modules() if isinstance(m, torch.nn.ModuleList)), [])

@@ -33,6 +33,7 @@ from dreamllm.planning.sharding import (
 )
 from dreamllm.planning.waiting import group_loads, slowest_gpu_seconds
 from dreamllm.profiling.workload import Precision, Recording
+from dreamllm.training import LoraSettings
 from dreamllm.workloads import model_config, model_size
 from dreamllm.workloads import stage as find_stage
 from dreamllm.workloads.stages import PAPER_GPUS
@@ -54,7 +55,7 @@ class Request:
 
     A pass holds `micro_batch` documents, or at most `tokens_per_batch` tokens and `pictures_per_batch` pictures to
     create. Filled by tokens, a step has `passes` per GPU, by default those that come nearest to `global_batch`
-    documents.
+    documents. `lora`: adapters train in the place of the decoder's layers.
     """
 
     stage: str
@@ -68,6 +69,7 @@ class Request:
     tokens_per_batch: int | None = None
     pictures_per_batch: int | None = None
     passes: int | None = None
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpus", "global_batch", "micro_batch", "tokens_per_batch", "pictures_per_batch", "passes"):
@@ -281,7 +283,7 @@ class Planner:
         """Whether the states alone exceed the memory, so that nothing need be recorded."""
         request, device = self.request, self.device
         executed = self._executed("grad_op")
-        layout = layout_of(request.stage, request.size, executed)
+        layout = layout_of(request.stage, request.size, executed, lora=request.lora)
         each = PER_PARAMETER[request.precision]
         pieces = shards(sharding, request.gpus, device.gpus_per_node)
         return layout.trained * (each.weight + each.gradient + each.moments) / pieces > device.usable_bytes
@@ -345,7 +347,7 @@ class Planner:
     def _layout(self, sharding: Sharding) -> Layout:
         request = self.request
         above = None if sharding == "none" else request.shard_frozen_above_mib
-        return layout_of(request.stage, request.size, self._executed(sharding), above)
+        return layout_of(request.stage, request.size, self._executed(sharding), above, request.lora)
 
     def _executed(self, sharding: Sharding) -> Precision:
         """How the passes compute: with sharding, the weights are gathered in bfloat16 instead of cast."""
@@ -358,7 +360,7 @@ class Planner:
     def _record(self, sharding: Sharding, documents: list) -> Recording:
         executed = self._executed(sharding)
         self.say(f"recording a step of {len(documents)} documents, {load_of(documents).tokens:.0f} tokens")
-        return simulate(self.request.stage, self.request.size, executed, documents)
+        return simulate(self.request.stage, self.request.size, executed, documents, self.request.lora)
 
     def _what_would_fit(self, nearest: Plan) -> str:
         request, device = self.request, self.device
@@ -405,7 +407,9 @@ class Planner:
         counts = [request.gpus, *(n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n > request.gpus)]
         for count in counts:
             for sharding in SHARDINGS[1:] if count > 1 else SHARDINGS[:1]:
-                asked = Request(request.stage, request.size, count, request.precision, count, None, sharding)
+                asked = Request(
+                    request.stage, request.size, count, request.precision, count, None, sharding, lora=request.lora
+                )
                 if Planner(asked, device, self.records).evaluate(sharding, Filling(1)).fits:
                     return f"{count} GPU{'s' if count > 1 else ''} with sharding {sharding} and micro_batch 1"
         return None

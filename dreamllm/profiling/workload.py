@@ -17,6 +17,7 @@ from dreamllm.profiling.operators import FlopCounter, tensors_in
 from dreamllm.profiling.parts import PartTracker
 from dreamllm.profiling.recorder import GRADIENTS, LiveMemory, Operator, Recorder
 from dreamllm.training.configuration import StageConfig
+from dreamllm.training.lora import add_adapters
 from dreamllm.training.step import make_optimizer, prepare_model, train_step
 from dreamllm.workloads import make_model
 
@@ -113,14 +114,18 @@ class PreparedStep:
 def prepare(
     size: str, config: StageConfig, precision: Precision, device: str = "cpu", fake: bool = False, seed: int = 0
 ) -> PreparedStep:
-    """The model of `size` ready for steps of `config`, with the optimiser's state in place.
+    """The model of `size` ready for steps of `config`, with its adapters and the optimiser's state in place.
 
     `fake`: tensors have shapes but no memory, so that a 7b fits everywhere and a step takes seconds.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "pure_bfloat16" else torch.float32
+    model = make_model(size, seed, "meta" if fake else device, dtype)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed)
     with mode:
-        model = make_model(size, seed, None if fake else device, dtype)
+        if fake:
+            model.to_empty(device="cpu")
         optimizer = make_optimizer(prepare_model(model, config), config)
         model.use_less_memory()  # as a run does by default
         optimizer.step()  # on zero gradients: makes the moments, changes nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from dreamllm.profiling.parts import PARTS, PartTracker
 from dreamllm.profiling.recorder import Operator, Recorder
 from dreamllm.profiling.report import show
 from dreamllm.profiling.workload import PreparedStep, Recording
-from dreamllm.training import stage_batches
+from dreamllm.training import LoraSettings, stage_batches
 from dreamllm.workloads import make_model, make_processor, stage_config
 
 
-def ready(workload: str, size: str = "tiny", precision: str = "float32", documents: int = 5, fake: bool = False):
-    config = stage_config(workload, size, documents_per_step=documents)
+def ready(
+    workload: str, size: str = "tiny", precision: str = "float32", documents: int = 5, fake: bool = False, lora=None
+):
+    config = replace(stage_config(workload, size, documents_per_step=documents), lora=lora)
     batch = stage_batches(config, make_processor(size))[0].batch.to("cpu")
     return prepare(size, config, precision, fake=fake), batch, batch.cu_seqlens.diff().tolist()
 
@@ -195,13 +198,13 @@ def allocator_peak(step: PreparedStep, batch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("workload", "precision", "documents"),
-    [("stage2", "bfloat16", 2), ("stage1", "float32", 3)],
+    ("workload", "precision", "documents", "lora"),
+    [("stage2", "bfloat16", 2, None), ("stage1", "float32", 3, None), ("stage2", "bfloat16", 2, LoraSettings(8))],
 )
-def test_memory_of_tensors_without_contents_is_the_measured_one(workload, precision, documents):
+def test_memory_of_tensors_without_contents_is_the_measured_one(workload, precision, documents, lora):
     """The memory model against the allocator, for the mini model: activations and temporaries within a tenth."""
-    step, batch, lengths = ready(workload, "mini", precision, documents)
-    fake, *_ = ready(workload, "mini", precision, documents, fake=True)
+    step, batch, lengths = ready(workload, "mini", precision, documents, lora=lora)
+    fake, *_ = ready(workload, "mini", precision, documents, fake=True, lora=lora)
     predicted = record(fake, as_fake(batch, fake), lengths)
     step.run([batch])
     assert predicted.peak_bytes == pytest.approx(allocator_peak(step, batch), rel=0.1)
@@ -213,9 +216,10 @@ def test_memory_of_tensors_without_contents_is_the_measured_one(workload, precis
     assert predicted.held_bytes["optimiser"] == pytest.approx(moments, rel=1e-3)
 
 
-def test_fake_and_real_steps_run_the_same_operators():
-    step, batch, lengths = ready("stage2")
-    fake, *_ = ready("stage2", fake=True)
+@pytest.mark.parametrize("lora", [None, LoraSettings(4)])
+def test_fake_and_real_steps_run_the_same_operators(lora):
+    step, batch, lengths = ready("stage2", lora=lora)
+    fake, *_ = ready("stage2", fake=True, lora=lora)
     real = record(step, batch, lengths)
     made = record(fake, as_fake(batch, fake), lengths)
     assert made.flops == real.flops

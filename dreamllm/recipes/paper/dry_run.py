@@ -153,9 +153,6 @@ def _changed(settings: RunSettings) -> Table:
 
 def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> None:
     """By the planner, which knows the paper's size on its mixture."""
-    if run.config.lora is not None:
-        say(console, "memory and time: the planner does not know adapters; measure with a short run")
-        return
     if _shape(config) != _shape(model_config(SIZE)):
         say(console, "memory and time: the planner knows the 7B only; measure this size with dreamllm profile")
         return
@@ -173,6 +170,7 @@ def _memory_and_time(run: DryRun, config: DreamLLMConfig, console: Console) -> N
         tokens_per_batch=stage.tokens_per_batch,
         pictures_per_batch=stage.pictures_per_batch,
         passes=stage.micro_batches // run.gpus if packed else None,
+        lora=stage.lora,
     )
     try:
         plan = make_plan(request, find_device(run.gpu, None))
