@@ -15,7 +15,7 @@ import torch
 
 from dreamllm.planning.devices import find_device
 from dreamllm.planning.estimate import operators_time
-from dreamllm.planning.records import Records, records_of_step
+from dreamllm.planning.records import Records, records_from
 from dreamllm.profiling import Recording, Repetitions, as_fake, device_name, prepare
 from dreamllm.profiling.workload import Precision
 from dreamllm.training import stage_batches
@@ -68,7 +68,7 @@ def check(precision: Precision, steps: int) -> dict:
         for timed in (*held_out, calibration):  # which is recorded next
             timed.run()
         repetitions.add(calibration.seconds[-1], calibration.record())
-    records = records_of_step("cpu", repetitions.recording, repetitions.unattributed_seconds)
+    records = records_from("cpu", repetitions.recording.operators, repetitions.unattributed_seconds)
     rows = []
     for (workload, documents), timed in zip(HELD_OUT, held_out, strict=True):
         expected, found = predicted_seconds(workload, documents, precision, records), min(timed.seconds)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from PIL import Image
 
-from dreamllm.data import Mixture, derive_seed
+from dreamllm.data import LoaderSettings, Mixture, derive_seed
 from dreamllm.data.packing import Held, choose
 from dreamllm.documents import EncodedDocument, PackedBatch
 from dreamllm.documents.batch import Pixels, pack_batch
@@ -22,7 +22,7 @@ DRAWN_DOCUMENTS = 512
 ORDERS = 4
 """In which the drawn documents are grouped; more where that makes too few batches."""
 LEAST_BATCHES = 16
-LOOK_AHEAD = 64
+LOOK_AHEAD = LoaderSettings.look_ahead
 """Documents that are held back to choose from, as by default in training."""
 
 
@@ -87,6 +87,7 @@ def draw_documents(stage: str, size: str, seed: int = 0) -> tuple[EncodedDocumen
     return tuple(drawn)
 
 
+@cache
 def draw_batches(stage: str, size: str, filling: Filling, seed: int = 0) -> DrawnBatches:
     """Groups the drawn documents, in several orders, as the trainer's loader does.
 

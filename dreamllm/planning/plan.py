@@ -241,9 +241,9 @@ class Planner:
         """The fastest setting that fits. Raises `DoesNotFitError` when none does."""
         request = self.request
         candidates = []
-        shardings = request.shardings()
+        shardings, fillings = request.shardings(), request.fillings()
         for sharding in [s for s in shardings if not self._hopeless(s)] or shardings[-1:]:
-            candidates += [self._candidate(sharding, filling) for filling in request.fillings()]
+            candidates += [self._candidate(sharding, filling) for filling in fillings]
         candidates.sort(key=lambda c: (not c.fits, -c.documents_per_second if c.fits else c.memory_bytes))
         nearest: Plan | None = None
         for candidate in candidates:

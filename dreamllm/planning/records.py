@@ -12,7 +12,6 @@ from typing import Any
 
 from dreamllm.profiling.profile import Profile
 from dreamllm.profiling.recorder import Operator
-from dreamllm.profiling.workload import Recording
 
 FARTHEST = 8.0
 """A record of the same operator stands for sizes up to this factor away; beyond it the device's limits are asked."""
@@ -94,22 +93,18 @@ def load_records(path: Path) -> Records:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         operators = [Operator(**operator) for operator in values["operators"]]
-        return _records(values["device"], operators, values["unattributed_seconds"])
+        return records_from(values["device"], operators, values["unattributed_seconds"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is not a profile.json of `dreamllm profile`: {error!r}") from error
 
 
 def records_of(profile: Profile) -> Records:
     """The operators of a profile that was just measured."""
-    return records_of_step(profile.device, profile.recording, profile.unattributed_seconds)
+    return records_from(profile.device, profile.recording.operators, profile.unattributed_seconds)
 
 
-def records_of_step(device: str, recording: Recording, unattributed_seconds: float) -> Records:
-    """The operators of a timed recording; `unattributed_seconds` passed outside of them."""
-    return _records(device, recording.operators, unattributed_seconds)
-
-
-def _records(device: str, operators: list[Operator], unattributed: float) -> Records:
+def records_from(device: str, operators: list[Operator], unattributed: float) -> Records:
+    """Of a timed recording; `unattributed` seconds of its step passed outside of the operators."""
     calls: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     for op in operators:  # the same call may stand in several parts
